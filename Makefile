@@ -17,6 +17,17 @@ ATTACK_VENV ?= target/attack-venv
 DOCS_VENV ?= target/docs-venv
 CORPUS_VENV ?= target/corpus-venv
 PROBE_VENV ?= target/probe-venv
+# Below a directory of their own: the program of a wheel would find
+# target/onnxruntime two directories above it, and not the one of its environment.
+PYTHON_TOOLS ?= target/python/tools
+PYTHON_TEST ?= target/python/test
+PYTHON_ENGINES ?= target/python/engines
+PYTHON_CHECK ?= target/python/check
+# Wheel that `make python-test` and `make python-engines` install; they build one
+# without it.
+WHEEL ?=
+# What else goes to pytest.
+PYTEST_FLAGS ?=
 # What `make corpus` compares; 500 JPEGs that it makes itself without a directory.
 DIR ?= target/corpus
 MDBOOK_VERSION ?= 0.5.4
@@ -70,7 +81,7 @@ target/tools/bin/mdbook:
 	cargo install --locked --debug --version $(MDBOOK_VERSION) --root target/tools mdbook
 
 .PHONY: docs-check
-docs-check: docs-links $(DOCS_VENV)/.done ## Run the commands of README and docs/ (PAGES="docs/cli.md" for some), after `make demo` or with BINARY=
+docs-check: docs-links python-stubs $(DOCS_VENV)/.done ## Run the commands of README and docs/ (PAGES="docs/cli.md" for some), after `make demo` or with BINARY=
 	DOCS_PYTHON=$(DOCS_VENV)/bin/python BINARY=$(DOCS_BINARY) python3 scripts/docs_check.py $(PAGES)
 
 $(DOCS_VENV)/.done: scripts/docs/requirements.txt
@@ -227,6 +238,41 @@ $(EMBED_VENV)/.done: scripts/embed/requirements.txt
 .PHONY: interop
 interop: build $(INTEROP_VENV)/.done ## Call the worker as clients of Triton and KServe do (brings them: half a GB)
 	@INTEROP_VENV=$(INTEROP_VENV) scripts/interop.sh
+
+.PHONY: python-stubs
+python-stubs: $(PYTHON_TOOLS)/.done ## Generate the messages of proto/ into the Python package
+	@PYTHON=$(PYTHON_TOOLS)/bin/python scripts/python/stubs.sh
+
+# WHEEL_PROFILE=demo builds it sooner.
+.PHONY: wheel
+wheel: $(PYTHON_TOOLS)/.done ## Build the wheel of `imagegpt` with the program in it: target/wheels (brings zig)
+	@PYTHON=$(PYTHON_TOOLS)/bin/python scripts/python/wheel.sh
+
+.PHONY: python-test
+python-test: $(if $(WHEEL),,wheel) ## Install the wheel into an empty environment and test it there (WHEEL= names one)
+	@VENV=$(PYTHON_TEST) WHEEL=$(WHEEL) scripts/python/test.sh $(PYTEST_FLAGS)
+
+.PHONY: python-engines
+python-engines: $(if $(WHEEL),,wheel) ## The same with Ray and Spark (needs Java 17: Debian's default-jre-headless)
+	@VENV=$(PYTHON_ENGINES) WHEEL=$(WHEEL) scripts/python/test.sh --engines $(PYTEST_FLAGS)
+
+# BINARY=target/debug/imagegpt takes what `cargo build` has made, and builds none.
+.PHONY: python-check
+python-check: $(if $(filter target/release/%,$(BINARY)),build) python-stubs $(PYTHON_CHECK)/.done ## Test the Python client from its sources, without a wheel, with BINARY
+	@VENV=$(PYTHON_CHECK) BINARY=$(BINARY) scripts/python/check.sh $(PYTEST_FLAGS)
+
+.PHONY: bench-python
+bench-python: build python-stubs $(PYTHON_CHECK)/.done ## Measure the Python client's streams beside `imagegpt embed`: images/s, CPU time, memory
+	PYTHONPATH=python/src $(PYTHON_CHECK)/bin/python scripts/python/bench.py
+
+$(PYTHON_TOOLS)/.done: scripts/python/requirements.txt
+	python3 -m venv $(PYTHON_TOOLS)
+	$(PYTHON_TOOLS)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+$(PYTHON_CHECK)/.done: python/pyproject.toml python/tests/requirements.txt
+	VENV=$(PYTHON_CHECK) scripts/python/check.sh --setup
+	touch $@
 
 .PHONY: train
 train: $(TRAIN_VENV)/.done ## Train models/emoji again, or go on (brings PyTorch and the emoji; 100 minutes)

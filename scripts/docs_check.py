@@ -207,6 +207,9 @@ def main():
     # `python3` of the pages is the one that has what they import.
     first = [str(program.parent), str(Path(environment["DOCS_PYTHON"]).parent)]
     environment["PATH"] = ":".join([*first, environment["PATH"]])
+    # The Python client from its sources, with this program.
+    environment["IMAGEGPT_BINARY"] = str(program)
+    environment["PYTHONPATH"] = str(ROOT / "python" / "src")
     passed, skipped, failed = 0, 0, 0
     for name in pages:
         page, found = Page(name, environment), blocks(name)

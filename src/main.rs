@@ -1,6 +1,6 @@
 //! The program's process: commands, signals, graceful shutdown and exit codes.
 
-use std::io::{ErrorKind, Write as _};
+use std::io::{ErrorKind, Read, Write as _};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -21,11 +21,15 @@ use imagegpt::serve::devices::{FailureKind, WorkerFailure};
 use imagegpt::serve::worker::{Worker, WorkerEnded};
 use imagegpt::telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
 
 /// Time within which a second signal counts as the same request: `timeout` and
 /// process managers send one signal to the process and one to its process
 /// group.
 const SAME_REQUEST: Duration = Duration::from_secs(1);
+
+/// Interval between reads of a standard input that does not block.
+const STDIN_POLL: Duration = Duration::from_millis(100);
 
 /// Grace period for the remaining answers after the worker has failed.
 const FAILED_GRACE: Duration = Duration::from_secs(1);
@@ -98,6 +102,9 @@ fn serve(config: &ServeConfig) -> anyhow::Result<i32> {
     let runtime = runtime()?;
     let code = runtime.block_on(async {
         let mut signals = Signals::new()?;
+        if config.network.exit_on_stdin_eof {
+            signals.stdin_end = Some(end_of(std::io::stdin())?);
+        }
         let mut worker = tokio::select! {
             biased;
             worker = start(config) => worker?,
@@ -182,11 +189,14 @@ async fn leave(mut worker: Worker, network: &NetworkConfig) -> i32 {
     }
 }
 
-/// Signals that end the process: SIGTERM, which Kubernetes sends, and SIGINT,
-/// which a terminal sends.
+/// Requests to end the process: SIGTERM, which Kubernetes sends, SIGINT, which
+/// a terminal sends, and on demand the end of standard input.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// Resolves when standard input ends; `None` if nobody waits for that, or
+    /// after it.
+    stdin_end: Option<oneshot::Receiver<()>>,
 }
 
 impl Signals {
@@ -194,18 +204,35 @@ impl Signals {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            stdin_end: None,
         })
     }
 
+    /// Waits for the first request.
     async fn recv(&mut self) {
+        let stdin_end = async {
+            match &mut self.stdin_end {
+                // An error would mean that the reader is gone.
+                Some(ended) => _ = ended.await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
+            () = stdin_end => {
+                tracing::info!("standard input has ended (--exit-on-stdin-eof)");
+                self.stdin_end = None;
+            }
         }
     }
 
-    /// Waits, after a first signal, for a signal that is a separate request.
+    /// Waits, after a first request, for a signal that is a separate request.
+    /// The end of standard input is none: a program that sends a signal to its
+    /// worker often closes the worker's input, or ends, while the worker
+    /// drains.
     async fn another(&mut self) {
+        self.stdin_end = None;
         let first = Instant::now();
         loop {
             self.recv().await;
@@ -214,6 +241,33 @@ impl Signals {
             }
         }
     }
+}
+
+/// Reads `input` to its end in a thread of its own, since a read of a pipe
+/// blocks, and tells when it is there. An input that cannot be read has ended.
+fn end_of(mut input: impl Read + Send + 'static) -> std::io::Result<oneshot::Receiver<()>> {
+    let (ended, end) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("stdin".to_owned())
+        .spawn(move || {
+            // The bytes mean nothing, and each read overwrites those before.
+            let mut buffer = [0; 4096];
+            loop {
+                match input.read(&mut buffer) {
+                    Ok(1..) => {}
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    // The program at the other end may have made the pipe
+                    // non-blocking.
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                        std::thread::sleep(STDIN_POLL);
+                    }
+                    Ok(0) | Err(_) => break,
+                }
+            }
+            // Nobody waits any more once the process shuts down.
+            let _ = ended.send(());
+        })?;
+    Ok(end)
 }
 
 fn ask(command: &ImageCommand) -> anyhow::Result<i32> {

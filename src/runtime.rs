@@ -2,6 +2,7 @@
 //! the profiles of their runs.
 
 pub(crate) mod arena;
+pub(crate) mod cuda;
 pub mod error;
 pub mod library;
 pub(crate) mod load;
@@ -9,6 +10,7 @@ pub mod operators;
 pub(crate) mod pages;
 pub(crate) mod placement;
 pub(crate) mod probe;
+pub(crate) mod python;
 pub(crate) mod roofline;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -149,6 +151,7 @@ impl Runtime {
             builder = builder.with_env_allocators()?;
         }
         if self.provider == Provider::Cuda {
+            library::preload_cuda();
             let mut cuda = ep::CUDA::default()
                 .with_device_id(self.device_id)
                 // Features must not depend on a hidden change of precision.

@@ -5,7 +5,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,15 @@ from datasets.fingerprint import Hasher
 from imagegpt import Client, InvalidImageError, LocalWorker, UnavailableError
 from imagegpt.datasets import Embedder
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "models/emoji"
+
+@pytest.fixture(scope="session")
+def paths(pictures: list[Path]) -> list[str]:
+    return [str(picture) for picture in pictures[:12]]
 
 
 @pytest.fixture(scope="session")
-def emoji_worker() -> Iterator[LocalWorker]:
-    with LocalWorker(MODEL, feature_layer=8) as worker:
-        yield worker
-
-
-@pytest.fixture(scope="session")
-def paths() -> list[str]:
-    return sorted(map(str, (ROOT / "models/pictures").glob("*/*.png")))[:12]
-
-
-@pytest.fixture(scope="session")
-def vectors(emoji_worker: LocalWorker, paths: list[str]) -> Any:
-    return emoji_worker.embed(paths, layers=[2, 8])
+def vectors(emoji: LocalWorker, paths: list[str]) -> Any:
+    return emoji.embed(paths, layers=[2, 8])
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +46,9 @@ def table(paths: list[str]) -> Dataset:
 
 
 def test_forms_of_the_column_give_the_same_vectors(
-    emoji_worker: LocalWorker, paths: list[str], vectors: Any
+    emoji: LocalWorker, paths: list[str], vectors: Any
 ) -> None:
-    embedder = Embedder(emoji_worker.endpoint, layers=8)
+    embedder = Embedder(emoji.endpoint, layers=8)
     rows = table(paths)
     as_files = {"image": [Path(path).read_bytes() for path in paths]}
     for given in (
@@ -75,7 +65,7 @@ def test_forms_of_the_column_give_the_same_vectors(
 
 
 def test_a_directory_of_pictures_is_embedded(
-    emoji_worker: LocalWorker, paths: list[str], vectors: Any, tmp_path: Path
+    emoji: LocalWorker, paths: list[str], vectors: Any, tmp_path: Path
 ) -> None:
     for path in paths:
         target = tmp_path / "pictures" / Path(path).parent.name / Path(path).name
@@ -84,16 +74,16 @@ def test_a_directory_of_pictures_is_embedded(
     rows = load_dataset(
         "imagefolder", data_dir=str(tmp_path / "pictures"), split="train", cache_dir=str(tmp_path)
     )
-    mapped = rows.map(Embedder(emoji_worker.endpoint, layers=8), batched=True)
+    mapped = rows.map(Embedder(emoji.endpoint, layers=8), batched=True)
     check(mapped, vectors)
     assert "label" in mapped.column_names
 
 
 def test_several_layers_have_a_column_each(
-    emoji_worker: LocalWorker, paths: list[str], vectors: Any
+    emoji: LocalWorker, paths: list[str], vectors: Any
 ) -> None:
     def mapped(**options: Any) -> Dataset:
-        return table(paths).map(Embedder(emoji_worker.endpoint, **options), batched=True)
+        return table(paths).map(Embedder(emoji.endpoint, **options), batched=True)
 
     two = mapped(layers=[2, 8], output="v", error_column="why")
     assert two.column_names == ["image", "number", "v_2", "v_8", "why"]
@@ -108,13 +98,13 @@ def test_several_layers_have_a_column_each(
 
 @pytest.mark.parametrize("was_used", [False, True])
 def test_processes_connect_anew(
-    emoji_worker: LocalWorker, paths: list[str], vectors: Any, was_used: bool
+    emoji: LocalWorker, paths: list[str], vectors: Any, was_used: bool
 ) -> None:
-    embedder = Embedder(emoji_worker.endpoint, layers=8)
+    embedder = Embedder(emoji.endpoint, layers=8)
     rows = table(paths)
     if was_used:
         embedder({"image": paths[:1]})
-        emoji_worker.embed(paths[:1])
+        emoji.embed(paths[:1])
     check(rows.map(embedder, batched=True, batch_size=3, num_proc=2), vectors)
     # The parent's connection works as before.
     assert embedder({"image": paths[:1]})["error"] == [""]
@@ -127,10 +117,10 @@ def pickled(rows: Dataset, embedder: Embedder) -> Dataset:
 
 
 def test_streams_are_embedded_as_they_come(
-    emoji_worker: LocalWorker, paths: list[str], vectors: Any
+    emoji: LocalWorker, paths: list[str], vectors: Any
 ) -> None:
     rows = table(paths).cast_column("image", Image(decode=False)).to_iterable_dataset(2)
-    embedder = Embedder(emoji_worker.endpoint, layers=8)
+    embedder = Embedder(emoji.endpoint, layers=8)
     check(list(rows.map(embedder, batched=True, batch_size=5)), vectors)
     check(
         list(rows.map(embedder, batched=True, features=embedder.features(rows.features))), vectors
@@ -138,7 +128,7 @@ def test_streams_are_embedded_as_they_come(
 
 
 def test_the_same_map_again_is_taken_from_the_cache(
-    emoji_worker: LocalWorker, paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    emoji: LocalWorker, paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Rows in a file, since rows in memory are not cached.
     table(paths).save_to_disk(tmp_path / "rows")
@@ -148,15 +138,15 @@ def test_the_same_map_again_is_taken_from_the_cache(
     monkeypatch.setattr(
         Client, "embed", lambda *args, **more: calls.append(1) or embed(*args, **more)
     )
-    embedder = Embedder(emoji_worker.endpoint, layers=8)
+    embedder = Embedder(emoji.endpoint, layers=8)
     first = rows.map(embedder, batched=True)
     assert len(calls) == 1
     # The same one after use, an equal one, and a copy.
-    equal = Embedder(emoji_worker.endpoint, layers=numpy.int64(8))  # type: ignore[arg-type]
+    equal = Embedder(emoji.endpoint, layers=numpy.int64(8))  # type: ignore[arg-type]
     for again in (embedder, equal, pickle.loads(pickle.dumps(embedder))):
         assert rows.map(again, batched=True)._fingerprint == first._fingerprint
     assert len(calls) == 1
-    other = rows.map(Embedder(emoji_worker.endpoint, layers=7), batched=True)
+    other = rows.map(Embedder(emoji.endpoint, layers=7), batched=True)
     assert other._fingerprint != first._fingerprint
     assert len(calls) == 2
 
@@ -174,8 +164,8 @@ def test_another_process_has_the_same_fingerprint() -> None:
     assert done.stdout.strip() == here
 
 
-def test_the_format_is_kept(emoji_worker: LocalWorker, paths: list[str], vectors: Any) -> None:
-    embedder = Embedder(emoji_worker.endpoint, layers=8)
+def test_the_format_is_kept(emoji: LocalWorker, paths: list[str], vectors: Any) -> None:
+    embedder = Embedder(emoji.endpoint, layers=8)
     rows = table(paths).cast_column("image", Image()).with_format("numpy")
     mapped = rows.map(embedder, batched=True)
     assert mapped.format["type"] == "numpy"
@@ -183,7 +173,7 @@ def test_the_format_is_kept(emoji_worker: LocalWorker, paths: list[str], vectors
     numpy.testing.assert_array_equal(mapped[:]["embedding"], vectors[:, 1])
     gray = [PIL.Image.open(path).convert("L") for path in paths]
     dim = Dataset.from_dict({"image": gray}).with_format("numpy").map(embedder, batched=True)
-    numpy.testing.assert_array_equal(dim[:]["embedding"], emoji_worker.embed(gray, layers=8))
+    numpy.testing.assert_array_equal(dim[:]["embedding"], emoji.embed(gray, layers=8))
     narrow = table(paths).with_format("numpy", columns=["image"]).map(embedder, batched=True)
     numpy.testing.assert_array_equal(
         narrow.with_format("numpy")[:]["embedding"].astype(numpy.float32), vectors[:, 1]
@@ -191,12 +181,12 @@ def test_the_format_is_kept(emoji_worker: LocalWorker, paths: list[str], vectors
 
 
 def test_rows_that_fail_are_null_with_a_reason(
-    emoji_worker: LocalWorker, paths: list[str], vectors: Any, tmp_path: Path
+    emoji: LocalWorker, paths: list[str], vectors: Any, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     images = [*paths[:3], str(broken), None, "missing.png"]
-    embedder = Embedder(emoji_worker.endpoint, layers=[2, 8])
+    embedder = Embedder(emoji.endpoint, layers=[2, 8])
     rows = Dataset.from_dict({"image": images})
     for given in (rows, rows.cast_column("image", Image(decode=False))):
         mapped = given.map(embedder, batched=True, batch_size=3)
@@ -209,16 +199,16 @@ def test_rows_that_fail_are_null_with_a_reason(
         assert reasons[0].startswith("INVALID_ARGUMENT: ")
         assert "null" in reasons[1]
         assert "missing.png cannot be read" in reasons[2]
-    raising = Embedder(emoji_worker.endpoint, layers=8, on_error="raise")
+    raising = Embedder(emoji.endpoint, layers=8, on_error="raise")
     with pytest.raises(InvalidImageError, match="image 3"):
         rows.map(raising, batched=True)
 
 
 def test_features_give_types_to_a_first_batch_that_fails(
-    emoji_worker: LocalWorker, paths: list[str]
+    emoji: LocalWorker, paths: list[str]
 ) -> None:
     rows = Dataset.from_dict({"image": ["missing.png", *paths[:1]]})
-    embedder = Embedder(emoji_worker.endpoint, layers=8)
+    embedder = Embedder(emoji.endpoint, layers=8)
     with pytest.raises(TypeError, match="features="):
         rows.map(embedder, batched=True, batch_size=1)
     types = embedder.features(rows.features)

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-
 from imagegpt import LocalWorker
 
 ROOT = Path(__file__).parents[2]

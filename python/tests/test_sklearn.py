@@ -14,6 +14,16 @@ import numpy
 import PIL.Image
 import pytest
 import sklearn
+from imagegpt import (
+    Client,
+    ImageError,
+    InvalidImageError,
+    LocalWorker,
+    ModelMismatchError,
+    UnavailableError,
+)
+from imagegpt.shared import shared_worker
+from imagegpt.sklearn import Features, export_head, images_of
 from safetensors import safe_open
 from sklearn.base import BaseEstimator, clone
 from sklearn.calibration import CalibratedClassifierCV
@@ -44,19 +54,9 @@ from sklearn.preprocessing import (
 from sklearn.svm import SVC, LinearSVC, NuSVC
 from sklearn.utils import estimator_checks
 
-from imagegpt import (
-    Client,
-    ImageError,
-    InvalidImageError,
-    LocalWorker,
-    ModelMismatchError,
-    UnavailableError,
-)
-from imagegpt.shared import shared_worker
-from imagegpt.sklearn import Features, export_head, images_of
-
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "models/emoji"
+MODELS = Path(os.environ.get("IMAGEGPT_MODELS", ROOT / "models"))
+MODEL = MODELS / "emoji"
 LAYER = 8
 # Two layers of one worker, for searches too.
 FLAGS = {"feature_layer": LAYER}
@@ -69,8 +69,8 @@ def emoji_worker() -> LocalWorker:
 
 
 @pytest.fixture(scope="session")
-def paths() -> list[str]:
-    return sorted(map(str, (ROOT / "models/pictures").glob("*/*.png")))
+def paths(pictures: list[Path]) -> list[str]:
+    return list(map(str, pictures))
 
 
 @pytest.fixture(scope="session")
@@ -216,7 +216,7 @@ def test_a_model_of_other_weights_is_refused(paths: list[str]) -> None:
 
 
 def test_the_default_layer_is_the_models(paths: list[str]) -> None:
-    step = Features(ROOT / "models/untrained", layer=None).fit(paths)
+    step = Features(MODELS / "untrained", layer=None).fit(paths)
     assert step.layer_ == 3
     assert step.transform(paths[:1]).shape == (1, 64)
 

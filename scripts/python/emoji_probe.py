@@ -22,9 +22,9 @@ from sklearn.svm import LinearSVC
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "models/train"), str(ROOT / "python/src")]
 
-import data
-from imagegpt import LocalWorker
-from imagegpt.sklearn import Features, export_head
+import data  # noqa: E402
+from imagegpt import LocalWorker  # noqa: E402
+from imagegpt.sklearn import Features, export_head  # noqa: E402
 
 HEADS = ROOT / "target/python-probe"
 

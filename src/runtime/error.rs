@@ -92,8 +92,8 @@ pub(crate) fn cannot_be_had(provider: Provider, error: &ort::Error) -> EngineErr
         Provider::Cpu => runtime(error),
         Provider::Cuda => EngineError::Provider(format!(
             "the CUDA execution provider cannot be used: {}; it needs a GPU, the library of \
-             onnxruntime-gpu (--onnxruntime) and CUDA's libraries on LD_LIBRARY_PATH; \
-             `imagegpt doctor` says what is missing; or choose the CPU (--execution-provider cpu, \
+             onnxruntime-gpu (--onnxruntime) and CUDA's libraries on LD_LIBRARY_PATH, or both \
+             from `pip install 'imagegpt[gpu]'`; `imagegpt doctor` says what is missing; or choose the CPU (--execution-provider cpu, \
              for `compile` --provider cpu)",
             error.to_string().trim_end_matches('.')
         )),

@@ -1,11 +1,12 @@
 //! Finds the shared library of ONNX Runtime, and loads it once per process.
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, Once, OnceLock};
 
 use ort::environment::Environment;
 
 use crate::runtime::error::{EngineError, runtime};
+use crate::runtime::{cuda, python};
 
 /// The library's file name as distributors install it.
 pub const LIBRARY: &str = "libonnxruntime.so";
@@ -17,9 +18,13 @@ pub const LIBRARY_FOLDER: &str = "onnxruntime";
 /// first.
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
 
+/// Library of [`ENVIRONMENT`].
+static LOADED: OnceLock<PathBuf> = OnceLock::new();
+
 /// Remedy for a library that cannot be used.
 const LIBRARY_HINT: &str = "set --onnxruntime or ORT_DYLIB_PATH to the path of a libonnxruntime.so \
-                            of version 1.24 or newer, or run `make setup`";
+                            of version 1.24 or newer, or install one beside the program: `pip \
+                            install 'imagegpt[cpu]'`, or `make setup` in a checkout";
 
 /// Returns the process's environment, created from `library` on the first call.
 ///
@@ -52,14 +57,26 @@ pub fn environment(library: &Path) -> Result<Environment, EngineError> {
         .with_telemetry(false)
         .build()
         .map_err(runtime)?;
+    LOADED.get_or_init(|| library.to_owned());
     Ok(environment.insert(built).clone())
+}
+
+/// Loads the libraries of CUDA that the provider of the process's library
+/// needs, once.
+pub(super) fn preload_cuda() {
+    static DONE: Once = Once::new();
+    DONE.call_once(|| {
+        if let Some(library) = LOADED.get() {
+            cuda::preload(library);
+        }
+    });
 }
 
 /// Finds the library. A given name without a directory is a file in the current
 /// directory, or else a library that the dynamic linker finds. Without a given
 /// name, the library is beside the running program or up to two directories
-/// above it (where a build and its tests run), or else the dynamic linker finds
-/// it.
+/// above it (where a build and its tests run), or in the Python environment
+/// into which the program was installed, or else the dynamic linker finds it.
 #[must_use]
 pub fn find_library(given: Option<&Path>) -> PathBuf {
     if let Some(path) = given {
@@ -68,7 +85,11 @@ pub fn find_library(given: Option<&Path>) -> PathBuf {
         let here = is_bare.then(|| std::path::absolute(path).ok()).flatten();
         return here.unwrap_or_else(|| path.to_owned());
     }
-    let program = std::env::current_exe().unwrap_or_default();
+    find_beside(&std::env::current_exe().unwrap_or_default())
+}
+
+/// Finds the library of a program at this path.
+fn find_beside(program: &Path) -> PathBuf {
     program
         .ancestors()
         .skip(1)
@@ -80,6 +101,7 @@ pub fn find_library(given: Option<&Path>) -> PathBuf {
             ]
         })
         .find(|path| path.is_file())
+        .or_else(|| python::library(program))
         .unwrap_or_else(|| PathBuf::from(LIBRARY))
 }
 
@@ -108,5 +130,29 @@ mod tests {
         // Tests run in the package's directory.
         let here = std::path::absolute("Cargo.toml").unwrap();
         assert_eq!(found("Cargo.toml"), here);
+    }
+
+    #[test]
+    fn a_library_beside_the_program_comes_before_that_of_a_python() {
+        let root = tempfile::tempdir().unwrap();
+        let file = |path: &str| {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, "").unwrap();
+            path
+        };
+        let program = root.path().join("env/bin/imagegpt");
+        assert_eq!(find_beside(&program), Path::new(LIBRARY), "for the linker");
+        // From the last place to the first.
+        for place in [
+            "env/lib/python3.11/site-packages/onnxruntime/capi/libonnxruntime.so.1.31.1",
+            "onnxruntime/libonnxruntime.so",
+            "libonnxruntime.so",
+            "env/onnxruntime/libonnxruntime.so",
+            "env/bin/libonnxruntime.so",
+        ] {
+            let library = file(place);
+            assert_eq!(find_beside(&program), library);
+        }
     }
 }

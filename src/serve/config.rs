@@ -238,6 +238,16 @@ pub struct NetworkConfig {
     )]
     pub shutdown_grace_period: Duration,
 
+    /// Shut down, as after SIGTERM, when standard input is closed. A program
+    /// that starts the worker with a pipe as its standard input then never
+    /// leaves it behind, even if the program is killed
+    #[arg(
+        long,
+        env = "IMAGEGPT_EXIT_ON_STDIN_EOF",
+        value_parser = clap::builder::FalseyValueParser::new()
+    )]
+    pub exit_on_stdin_eof: bool,
+
     /// Interval between HTTP/2 pings to a client that sends nothing
     #[arg(
         long,

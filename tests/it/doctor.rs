@@ -137,6 +137,32 @@ fn a_model_or_library_that_cannot_be_used_fails_and_says_why() {
 }
 
 #[test]
+fn the_library_of_a_python_environment_is_found_and_said() {
+    let prefix = tempfile::tempdir().expect("a folder");
+    let capi = "lib/python3.11/site-packages/onnxruntime/capi/libonnxruntime.so.1.31.1";
+    let library = prefix.path().join(capi);
+    let program = prefix.path().join("bin/imagegpt");
+    for (file, source) in [
+        (&library, imagegpt::runtime::library::find_library(None)),
+        (&program, process::PROGRAM.into()),
+    ] {
+        std::fs::create_dir_all(file.parent().expect("a parent")).expect("made");
+        std::fs::copy(source, file).expect("copied");
+    }
+    let output = Command::new(&program)
+        .args(["doctor", "--format", "json", "--execution-provider", "cpu"])
+        .env_remove("ORT_DYLIB_PATH")
+        .output()
+        .expect("the program runs");
+    let report = json(&output);
+    assert_eq!(output.status.code(), Some(0), "{report}");
+    let found = check(&report, "ONNX Runtime")["found"].to_string();
+    assert!(found.contains(library.to_str().expect("UTF-8")), "{found}");
+    // Models are run with it, too.
+    assert_eq!(check(&report, "inference on cpu")["result"], "ok");
+}
+
+#[test]
 fn a_cache_that_cannot_be_made_is_told_and_devices_are_checked_as_by_serve() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("file");

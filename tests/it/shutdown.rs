@@ -227,6 +227,73 @@ fn two_signals_at_once_are_one_request() {
     assert_eq!(worker.wait(), Some(0), "{rest:#?}");
 }
 
+#[test]
+fn the_end_of_standard_input_is_a_graceful_shutdown() {
+    let (mut worker, log) = start_micro(&["--exit-on-stdin-eof"]);
+    // More than a pipe holds: what is written is read, and means nothing.
+    worker.write(&vec![b'x'; 1 << 20]);
+    assert!(worker.page("/readyz").contains(" 200 "), "it serves");
+    worker.end_stdin();
+    let rest = log.rest();
+    assert_eq!(worker.wait(), Some(0), "{rest:#?}");
+    let says = |words: &str| rest.iter().any(|line| line.contains(words));
+    assert!(says("standard input has ended"), "{rest:#?}");
+    assert!(says("shutdown complete"), "{rest:#?}");
+}
+
+#[test]
+fn standard_input_is_left_alone_without_the_flag() {
+    let (mut worker, log) = start_micro(&[]);
+    worker.end_stdin();
+    // A worker that reads its input would have ended after 1 to 20 ms.
+    process::pause(Duration::from_millis(500));
+    assert!(worker.page("/readyz").contains(" 200 "), "it serves on");
+    worker.signal("-TERM");
+    let rest = log.rest();
+    assert_eq!(worker.wait(), Some(0), "{rest:#?}");
+}
+
+#[test]
+fn the_end_of_standard_input_ends_a_compilation_too() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cache = folder.path().to_str().expect("UTF-8");
+    let model = ["--model", "random:small", "--cache-dir", cache];
+    let more = ["--execution-provider", "cpu", "--exit-on-stdin-eof"];
+    let (mut worker, log) = Worker::starting(&[&model[..], &more].concat());
+    assert!(log.reaches("compiling"), "it says so");
+    worker.end_stdin();
+    let rest = log.rest();
+    assert_eq!(worker.wait(), Some(0), "{rest:#?}");
+    let is_listening = |line: &String| line.contains("listening");
+    assert!(!rest.iter().any(is_listening), "{rest:#?}");
+}
+
+/// The end of standard input after a signal is no second request, and a second
+/// signal after the end of standard input is.
+#[test]
+fn only_signals_force_a_shutdown() {
+    let delay = ["--exit-on-stdin-eof", "--shutdown-delay", "1500ms"];
+    let (mut worker, log) = start_micro(&delay);
+    worker.signal("-TERM");
+    assert!(log.reaches("still serving"), "it says so");
+    process::pause(Duration::from_millis(1100));
+    worker.end_stdin();
+    let rest = log.rest();
+    assert_eq!(worker.wait(), Some(0), "{rest:#?}");
+
+    let (mut worker, log) = start_micro(&["--exit-on-stdin-eof", "--shutdown-delay", "1h"]);
+    worker.end_stdin();
+    assert!(log.reaches("still serving"), "it says so");
+    process::until("the program ends", || {
+        let has_ended = worker.ended().is_some();
+        if !has_ended {
+            worker.signal("-TERM");
+        }
+        has_ended
+    });
+    assert_eq!(worker.wait(), Some(1));
+}
+
 /// The process ends while the engine is in a step of the real runtime, which
 /// must not be torn down during a run: such a failure showed in about every
 /// fifth attempt.

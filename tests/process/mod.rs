@@ -147,21 +147,8 @@ impl Worker {
     /// Starts a worker at ports that the system chooses and the log names, and
     /// waits until the log says that the worker is ready.
     pub(crate) fn logging(flags: &[&str]) -> (Self, Log) {
-        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut child = program()
-            .args(["serve", "--log-format", "json"])
-            .args(["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"])
-            .args(flags)
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("a worker");
-        let log = Log::new(child.stderr.take().expect("a pipe"));
-        let mut worker = Self {
-            child,
-            flags: Vec::new(),
-            grpc: nowhere,
-            metrics: nowhere,
-        };
+        let (mut worker, log) = Self::starting(flags);
+        let nowhere = worker.grpc;
         while let Some(line) = log.next() {
             let event: serde_json::Value =
                 serde_json::from_str(&line).expect("one JSON object a line");
@@ -181,6 +168,27 @@ impl Worker {
             }
         }
         panic!("never ready");
+    }
+
+    /// Starts a worker with a log, and waits for nothing.
+    pub(crate) fn starting(flags: &[&str]) -> (Self, Log) {
+        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut child = program()
+            .args(["serve", "--log-format", "json"])
+            .args(["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"])
+            .args(flags)
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("a worker");
+        let log = Log::new(child.stderr.take().expect("a pipe"));
+        let worker = Self {
+            child,
+            flags: Vec::new(),
+            grpc: nowhere,
+            metrics: nowhere,
+        };
+        (worker, log)
     }
 
     pub(crate) fn url(&self) -> String {
@@ -204,6 +212,17 @@ impl Worker {
 
     pub(crate) fn signal(&self, name: &str) {
         signal(&self.child, name);
+    }
+
+    /// Writes to the standard input of a worker that has a log.
+    pub(crate) fn write(&mut self, bytes: &[u8]) {
+        let stdin = self.child.stdin.as_mut().expect("an open pipe");
+        stdin.write_all(bytes).expect("the worker reads");
+    }
+
+    /// Ends the standard input of a worker that has a log.
+    pub(crate) fn end_stdin(&mut self) {
+        self.child.stdin.take().expect("an open pipe");
     }
 
     pub(crate) fn ended(&mut self) -> Option<ExitStatus> {

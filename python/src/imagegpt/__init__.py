@@ -19,6 +19,7 @@ from imagegpt.client import Client
 from imagegpt.errors import (
     ClosedError,
     DeadlineExceededError,
+    ForkError,
     ImageError,
     ImageGptError,
     InternalError,
@@ -57,6 +58,7 @@ __all__ = [
     "Client",
     "ClosedError",
     "DeadlineExceededError",
+    "ForkError",
     "GeneratedImage",
     "Head",
     "ImageError",

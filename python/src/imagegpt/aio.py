@@ -26,6 +26,7 @@ from imagegpt.endpoints import ConnectOptions
 from imagegpt.errors import (
     ImageError,
     InvalidImageError,
+    InvalidRequestError,
     ModelMismatchError,
     WorkerError,
     image_error,
@@ -62,6 +63,9 @@ _REQUESTS = 2
 # Part of a request's largest size that its images may take; the rest is for the
 # encoding of the message.
 _FILL = 0.95
+
+# Reasons of a call that fails because of its only image.
+_OF_IMAGES = frozenset({"IMAGE_INVALID", "IMAGE_MISSING"})
 
 _T = TypeVar("_T")
 
@@ -164,10 +168,6 @@ class AsyncClient:
         """Closes the connections; calls in progress fail with
         :class:`~imagegpt.ClosedError`."""
         await self._connections.close()
-
-    async def _suspend(self) -> None:
-        """Closes the connections until the next call, unless one is in progress."""
-        await self._connections.suspend()
 
     async def model(self, *, timeout: float | None = None) -> ModelInfo:
         """Returns the model that the workers serve."""
@@ -673,7 +673,12 @@ class AsyncClient:
                 raise TypeError(f"the mask has elements of {kept.dtype}, not booleans")
             primer.mask = kept.astype(bool).astype(numpy.uint8).tobytes()
         request.image.CopyFrom(primer)
-        return await self._generate(request, priority, timeout, on_error)
+        try:
+            return await self._generate(request, priority, timeout, on_error)
+        except InvalidRequestError as error:
+            if error.reason not in _OF_IMAGES:
+                raise
+            raise InvalidImageError(0, error.code, error.message) from error
 
     async def _generate(
         self,
@@ -755,6 +760,7 @@ class AsyncClient:
             give_up_after=give_up_after,
             priority=priority,
             digest=self._digest,
+            is_known=self._model is not None,
         )
         return self._stream(images, options, stream_options, ordered, on_error == "raise")
 
@@ -781,7 +787,7 @@ class AsyncClient:
             failures.append(error)
             changed.set()
 
-        stream = EmbedStream(self._connect, embed, options, answered, failed, changed.set)
+        stream = EmbedStream(self._connections, embed, options, answered, failed, changed.set)
         stream.start()
         source: Any = aiter(images) if isinstance(images, AsyncIterable) else iter(images)
         pull = _pull_async if isinstance(images, AsyncIterable) else _pull

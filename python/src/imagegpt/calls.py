@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -139,13 +141,26 @@ class Patience:
 class Connections:
     """Channels of a client, one for each endpoint, opened when they are needed."""
 
+    #: Connections of all clients of this process that have channels.
+    opened: weakref.WeakSet[Connections] = weakref.WeakSet()
+
     def __init__(self, options: ConnectOptions) -> None:
         self.options = options
         self._channels: dict[Endpoint, grpc.aio.Channel] = {}
         self._turn = 0
-        # Calls in progress.
-        self._calls = 0
         self._closed = False
+        #: Calls and streams in progress.
+        self.n_in_progress = 0
+
+    @contextlib.contextmanager
+    def in_progress(self) -> Iterator[None]:
+        """Counts a call or a stream while it lasts."""
+        self.opened.add(self)
+        self.n_in_progress += 1
+        try:
+            yield
+        finally:
+            self.n_in_progress -= 1
 
     def check_open(self) -> None:
         """Raises :class:`ClosedError` after :meth:`close`."""
@@ -173,16 +188,12 @@ class Connections:
     async def close(self) -> None:
         """Closes all channels; calls in progress fail."""
         self._closed = True
-        await self._close_channels()
+        await self.release()
 
-    async def suspend(self) -> None:
-        """Closes all channels if there are no calls in progress; the next call opens
-        them again."""
-        if self._calls == 0:
-            await self._close_channels()
-
-    async def _close_channels(self) -> None:
+    async def release(self) -> None:
+        """Closes all channels; the next call opens others."""
         channels, self._channels = list(self._channels.values()), {}
+        self.opened.discard(self)
         for channel in channels:
             await channel.close(None)
 
@@ -202,13 +213,10 @@ class Connections:
         Raises:
             WorkerError: The call failed for good; the error has ``items``.
         """
-        self._calls += 1
-        try:
-            return await self._repeat(call, items, timeout, priority)
-        finally:
-            self._calls -= 1
+        with self.in_progress():
+            return await self._call(call, items, timeout, priority)
 
-    async def _repeat(
+    async def _call(
         self,
         call: Callable[[Any, float | None, tuple[tuple[str, str], ...]], Awaitable[_R]],
         items: Sequence[Hashable],

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import gc
 import os
 import queue
 import threading
-import weakref
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import numpy
 
 from imagegpt.aio import AsyncClient, OnError, accept, as_given, check_on_error, with_items
-from imagegpt.errors import ClosedError, ImageError
+from imagegpt.calls import Connections
+from imagegpt.errors import ClosedError, ForkError, ImageError
 from imagegpt.images import ImageInput
 from imagegpt.ledger import Ledger
 from imagegpt.options import (
@@ -37,16 +37,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Client"]
 
-# Longest time, in seconds, that a fork waits for connections to close; a loop that is
-# busy with large images takes a fraction of a second.
-_SUSPEND_TIMEOUT = 10.0
 # Images that are handed to the event loop at the same time, since each handover
 # wakes it.
 _HANDOVER = 8
 
 _T = TypeVar("_T")
-
-log = logging.getLogger("imagegpt")
 
 
 class _Loop:
@@ -59,16 +54,25 @@ class _Loop:
     def __init__(self) -> None:
         self.process = os.getpid()
         self.loop = asyncio.new_event_loop()
-        self.clients: weakref.WeakSet[AsyncClient] = weakref.WeakSet()
         # A daemon, so that a client that was not closed does not keep the program.
-        self.thread = threading.Thread(target=self.loop.run_forever, name="imagegpt", daemon=True)
-        self.thread.start()
+        thread = threading.Thread(target=self.loop.run_forever, name="imagegpt", daemon=True)
+        thread.start()
 
     @classmethod
     def get(cls) -> _Loop:
-        """Returns this process's loop; a fork has none of its parent's threads."""
+        """Returns this process's loop.
+
+        Raises:
+            ForkError: The process was forked while its parent made calls.
+        """
+        if _Forks.is_broken:
+            raise ForkError(
+                "this process was forked while its parent had calls in progress, which gRPC does "
+                "not survive; start processes by the method 'spawn' or 'forkserver', or fork "
+                "before the first call"
+            )
         with cls._lock:
-            if cls._current is None or cls._current.process != os.getpid():
+            if cls._current is None:
                 cls._current = _Loop()
             return cls._current
 
@@ -83,41 +87,60 @@ class _Loop:
             future.cancel()
             raise
 
+
+# Longest time in seconds in which connections are closed before a fork.
+_FORK_TIMEOUT = 5.0
+
+
+class _Forks:
+    """gRPC works in a forked process only if no thread of the parent was within it
+    at the time. So connections without calls are closed before a fork, and opened
+    again when they are needed; a process that was forked during calls says so."""
+
+    #: True in a process whose parent had calls in progress.
+    is_broken = False
+    _was_busy = False
+
     @classmethod
-    def before_fork(cls) -> None:
-        """Closes the connections of all clients that have no call in progress: gRPC
-        does not work in a fork of a process that has a connection."""
-        cls._lock.acquire()
-        current = cls._current
-        if current is None or current.process != os.getpid():
+    def before(cls) -> None:
+        """Closes the connections, and lets no call begin until the fork is done."""
+        _Loop._lock.acquire()
+        loop = _Loop._current
+        opened = list(Connections.opened)
+        cls._was_busy = any(connections.n_in_progress for connections in opened)
+        if loop is None or loop.process != os.getpid() or cls._was_busy:
+            # Without a loop, connections are those of asyncio programs.
+            cls._was_busy = cls._was_busy or bool(opened)
             return
-        if threading.current_thread() is current.thread or not current.clients:
-            return
-        suspended = asyncio.run_coroutine_threadsafe(current._suspend(), current.loop)
         try:
-            suspended.result(_SUSPEND_TIMEOUT)
-        except Exception as error:
-            log.warning("connections stay open in a fork: %r", error)
+            asyncio.run_coroutine_threadsafe(cls._release(opened), loop.loop).result(_FORK_TIMEOUT)
+        except (TimeoutError, RuntimeError):
+            cls._was_busy = True
+        del opened
+        # What is left of the channels keeps a thread within gRPC.
+        gc.collect()
 
-    async def _suspend(self) -> None:
-        for client in list(self.clients):
-            await client._suspend()
+    @staticmethod
+    async def _release(opened: list[Connections]) -> None:
+        for connections in opened:
+            await connections.release()
 
-    @classmethod
-    def after_fork_in_parent(cls) -> None:
+    @staticmethod
+    def after_in_parent() -> None:
         """Lets calls begin again."""
-        cls._lock.release()
+        _Loop._lock.release()
 
     @classmethod
-    def after_fork_in_child(cls) -> None:
-        """Gives the child a lock of its own."""
-        cls._lock = threading.Lock()
+    def after_in_child(cls) -> None:
+        """Begins without the parent's loop, whose thread does not exist here."""
+        cls.is_broken = cls.is_broken or cls._was_busy
+        _Loop._lock, _Loop._current = threading.Lock(), None
 
 
 os.register_at_fork(
-    before=_Loop.before_fork,
-    after_in_parent=_Loop.after_fork_in_parent,
-    after_in_child=_Loop.after_fork_in_child,
+    before=_Forks.before,
+    after_in_parent=_Forks.after_in_parent,
+    after_in_child=_Forks.after_in_child,
 )
 
 
@@ -126,9 +149,7 @@ class Client:
 
     Connections are opened by the first call. A client may be used by several
     threads, and may be pickled: the copy opens connections of its own, as does a
-    client in a forked process. Fork while no call is in progress: a fork closes the
-    connections of all clients without one, which the next call opens again, and gRPC
-    does not work in the fork of a process with open connections.
+    client in a forked process.
 
     Args:
         endpoints: ``"HOST:PORT"``, ``"http://HOST:PORT"``, ``"https://HOST:PORT"`` or
@@ -214,13 +235,13 @@ class Client:
     def _client(self) -> AsyncClient:
         if self._closed:
             raise ClosedError("the client is closed")
+        # Before the parent's connections are dropped, which a process that cannot
+        # use gRPC does not survive.
+        _Loop.get()
         with self._lock:
             if self._inner is None or self._process != os.getpid():
                 self._inner, self._process = AsyncClient(**self._arguments), os.getpid()
-            inner = self._inner
-        # Of this process's loop, also after a fork.
-        _Loop.get().clients.add(inner)
-        return inner
+            return self._inner
 
     def model(self, *, timeout: float | None = None) -> ModelInfo:
         """Returns the model that the workers serve, asked anew.
@@ -818,7 +839,7 @@ class Client:
             item_timeout: Longest time in seconds without an answer from a worker that
                 has images.
             give_up_after: Time in seconds without an answer from any worker after
-                which the stream fails; 30 s if none was ever reached.
+                which the stream fails; 30 s if the client has never reached one.
             priority: ``"bulk"`` (default) or ``"interactive"``.
             on_error: ``"return"`` gives errors out in the places of vectors,
                 ``"raise"`` raises the first one.
@@ -844,6 +865,7 @@ class Client:
             give_up_after=give_up_after,
             priority=priority,
             digest=self._arguments["digest"],
+            is_known=client._model is not None,
         )
         return self._stream(client, images, embed, options, ordered, on_error == "raise")
 
@@ -862,7 +884,7 @@ class Client:
         news: queue.SimpleQueue[Any] = queue.SimpleQueue()
         loop = _Loop.get()
         stream = EmbedStream(
-            client._connect, embed, options, news.put, news.put, lambda: news.put(None)
+            client._connections, embed, options, news.put, news.put, lambda: news.put(None)
         )
         loop.loop.call_soon_threadsafe(stream.start)
         source = iter(images)

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 __all__ = [
     "ClosedError",
     "DeadlineExceededError",
+    "ForkError",
     "ImageError",
     "ImageGptError",
     "InternalError",
@@ -37,6 +38,10 @@ class ImageGptError(Exception):
 
 class ClosedError(ImageGptError):
     """Use of a client after its ``close``."""
+
+
+class ForkError(ImageGptError):
+    """Use of a client in a process that was forked during calls of its parent."""
 
 
 class ImageError(ImageGptError):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from collections.abc import Hashable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import numpy
 
@@ -59,6 +59,10 @@ _FORMS = (
 class _Refused(Exception):
     """Reason for which a value is no image; the caller adds the image's id."""
 
+    def __init__(self, text: str, code: str = "INVALID_ARGUMENT") -> None:
+        super().__init__(text)
+        self.code = code
+
 
 def to_message(image: ImageInput, id: Hashable, bytes_max: int) -> pb.Image:
     """Returns the image as the contract has it.
@@ -69,12 +73,14 @@ def to_message(image: ImageInput, id: Hashable, bytes_max: int) -> pb.Image:
         bytes_max: Largest size of an encoded image in bytes.
 
     Raises:
-        InvalidImageError: The value is no image, or the file cannot be read.
+        InvalidImageError: The value is no image, or the file cannot be read. The code
+            of a file that does not exist is NOT_FOUND, of one that may not be read
+            PERMISSION_DENIED, as in the tables of ``imagegpt embed``.
     """
     try:
         return _message(image, bytes_max)
     except _Refused as refused:
-        error = InvalidImageError(id, "INVALID_ARGUMENT", str(refused))
+        error = InvalidImageError(id, refused.code, str(refused))
         raise error from refused.__cause__
 
 
@@ -82,7 +88,7 @@ def _message(image: ImageInput, bytes_max: int) -> pb.Image:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return _encoded(bytes(image) if len(image) <= bytes_max else image, bytes_max)
     if isinstance(image, (str, os.PathLike)):
-        return _encoded(_read(Path(image), bytes_max), bytes_max)
+        return _encoded(_read(image, bytes_max), bytes_max)
     if isinstance(image, numpy.ndarray):
         return _array(image, "array")
     if isinstance(image, pb.Image):
@@ -90,10 +96,12 @@ def _message(image: ImageInput, bytes_max: int) -> pb.Image:
     if isinstance(image, Mapping):
         return _row(image, bytes_max)
     kind = f"{type(image).__module__}.{type(image).__qualname__}"
+    if kind == "builtins.NoneType":
+        raise _Refused("there is no image (None)")
     if kind.startswith("torch."):
         return _tensor(image)
     if _is_pillow(image):
-        return _pillow(image, bytes_max)
+        return _pillow(cast("PIL.Image.Image", image), bytes_max)
     raise _Refused(f"a {kind} is no image; give {_FORMS}")
 
 
@@ -108,15 +116,25 @@ def _encoded(content: bytes | bytearray | memoryview, bytes_max: int) -> pb.Imag
     return pb.Image(encoded=bytes(content))
 
 
-def _read(path: Path, bytes_max: int) -> bytes:
+def _read(path: str | os.PathLike[str], bytes_max: int) -> bytes:
     try:
-        with path.open("rb") as file:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            # A pipe, for instance, which would be waited for.
+            code = "NOT_FOUND" if stat.S_ISDIR(mode) else "FAILED_PRECONDITION"
+            raise _Refused(f"{path} cannot be read: no regular file", code)
+        with open(path, "rb") as file:
             # One byte more shows that the file is too large, whatever its size
             # was before.
             return file.read(bytes_max + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise _Refused(f"{path} cannot be read: {reason}") from error
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            if "://" in os.fspath(path):
+                raise _Refused(f"{path} is a URL, and only files are read; give bytes") from error
+            raise _Refused(f"{path} cannot be read: {reason}", "NOT_FOUND") from error
+        code = "PERMISSION_DENIED" if isinstance(error, PermissionError) else "INVALID_ARGUMENT"
+        raise _Refused(f"{path} cannot be read: {reason}", code) from error
 
 
 def _row(row: Mapping[str, Any], bytes_max: int) -> pb.Image:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
-from imagegpt.calls import Failure, backoff, log
-from imagegpt.endpoints import ADDRESSES_MAX, Address, ConnectOptions
+from imagegpt.calls import Connections, Failure, backoff, log
+from imagegpt.endpoints import ADDRESSES_MAX, Address
 from imagegpt.errors import (
     ImageError,
     ModelMismatchError,
@@ -61,8 +61,8 @@ LOST_ALONE = 3
 FAREWELL = 1.0
 # Time between two lookups of the host names.
 RESOLVE_INTERVAL = 10.0
-# Time without any worker at the beginning after which a stream fails: a wrong
-# address would otherwise look like a slow worker.
+# Time without any worker at the beginning after which the stream of a client that
+# has never reached one fails: a wrong address would otherwise look like a slow worker.
 FIRST_PATIENCE = 30.0
 # Bytes of an item beside its encoded image.
 _MESSAGE_BYTES = 4096
@@ -126,6 +126,9 @@ class StreamOptions:
     give_up_after: float
     priority: Priority | None
     digest: str | None
+    #: True if the client has reached a worker before, so that the addresses are
+    #: known to be right.
+    is_known: bool = False
 
 
 class _Feed:
@@ -224,14 +227,15 @@ class EmbedStream:
 
     def __init__(
         self,
-        connect: ConnectOptions,
+        connections: Connections,
         embed: EmbedOptions,
         options: StreamOptions,
         answers: Callable[[Answer], None],
         failed: Callable[[WorkerError | OSError | ValueError], None],
         opened: Callable[[], None],
     ) -> None:
-        self._connect = connect
+        self._connect = connections.options
+        self._in_progress = connections.in_progress()
         self._embed = embed
         self._options = options
         self._answers = answers
@@ -270,6 +274,7 @@ class EmbedStream:
 
     def start(self) -> None:
         """Starts to look for workers."""
+        self._in_progress.__enter__()
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
     def add(self, tasks: Sequence[Task]) -> None:
@@ -297,6 +302,7 @@ class EmbedStream:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
         self._ended = True
+        self._in_progress.__exit__(None, None, None)
 
     # The keeper: addresses and the end of patience.
 
@@ -346,7 +352,7 @@ class EmbedStream:
             trouble.failure is not None and trouble.failure.reason
             for trouble in self._troubles.values()
         )
-        if not self._has_opened and not is_reached:
+        if not (self._has_opened or self._options.is_known or is_reached):
             limit = min(limit, FIRST_PATIENCE)
         silent = time.monotonic() - self._last_word
         if silent < limit:

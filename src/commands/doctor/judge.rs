@@ -242,7 +242,8 @@ fn library(library: &Library) -> Finding {
         )),
         Err(reason) => Finding::bad(
             format!("{path} cannot be used ({reason})"),
-            "name a libonnxruntime.so with --onnxruntime or ORT_DYLIB_PATH: pip install \
+            "install one beside the program (pip install 'imagegpt[cpu]', or 'imagegpt[gpu]' for a \
+             GPU), or name a libonnxruntime.so with --onnxruntime or ORT_DYLIB_PATH: pip install \
              onnxruntime, or onnxruntime-gpu for a GPU",
         ),
     }

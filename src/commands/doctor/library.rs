@@ -1,28 +1,15 @@
 //! ONNX Runtime's library, and the libraries that its CUDA provider needs.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use object::elf::{DT_NEEDED, DT_RPATH, DT_RUNPATH, EM_AARCH64, EM_X86_64, FileHeader64, Machine};
-use object::read::elf::{Dyn as _, FileHeader as _};
-use object::{Endianness, ReadCache};
 use procfs::process::{MMapPath, MemoryMaps, Process};
 use serde::{Deserialize, Serialize};
 
 use super::child::ChildLost;
 use crate::engine::onnx;
 use crate::runtime;
+use crate::runtime::cuda::{CudaPlace, Linked, PROVIDER_FILES, is_of_cuda};
 use crate::runtime::library::LIBRARY;
-
-/// Files of the CUDA provider, beside ONNX Runtime's library, which loads the
-/// second file through the first.
-pub(super) const PROVIDER_FILES: [&str; 2] = [
-    "libonnxruntime_providers_shared.so",
-    "libonnxruntime_providers_cuda.so",
-];
-/// Library of the NVIDIA driver that the provider is linked with; part of the
-/// driver, not of CUDA.
-const DRIVER: &str = "libcuda.so.1";
 
 /// Findings about ONNX Runtime's library.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -116,7 +103,7 @@ fn mapped(maps: MemoryMaps) -> Option<PathBuf> {
 
 impl CudaProvider {
     /// Looks at the provider's files in `folder`, and loads the libraries that
-    /// they need from where the dynamic linker finds them.
+    /// they need as a worker would.
     pub(super) fn find(folder: &Path) -> Self {
         let missing_files: Vec<String> = PROVIDER_FILES
             .into_iter()
@@ -129,19 +116,16 @@ impl CudaProvider {
                 ..Self::default()
             };
         }
-        let [shared, cuda] = PROVIDER_FILES.map(|name| needed(&folder.join(name)));
+        let [shared, cuda] = PROVIDER_FILES.map(|name| Linked::read(&folder.join(name)));
         match shared.and(cuda) {
-            Ok(Linked {
-                names,
-                looks_beside,
-            }) => Self {
-                needed: names
-                    .into_iter()
-                    .filter(|name| is_of_cuda(name))
-                    .map(|name| load(folder, name, looks_beside))
-                    .collect(),
-                ..Self::default()
-            },
+            Ok(linked) => {
+                let place = CudaPlace::new(folder, linked.looks_beside);
+                let names = linked.names.into_iter().filter(|name| is_of_cuda(name));
+                Self {
+                    needed: names.map(|name| load(&place, name)).collect(),
+                    ..Self::default()
+                }
+            }
             Err(reason) => Self {
                 unreadable: Some(reason),
                 ..Self::default()
@@ -174,79 +158,11 @@ impl CudaProvider {
     }
 }
 
-/// True for libraries of CUDA. The other libraries that the provider is linked
-/// with are left out: the C library and similar ones are loaded already, with
-/// ONNX Runtime, and the driver has a check of its own.
-fn is_of_cuda(name: &str) -> bool {
-    name.starts_with("libcu") && name != DRIVER || name.starts_with("libnv")
-}
-
-fn load(folder: &Path, name: String, looks_beside: bool) -> Needed {
-    let beside = folder.join(&name);
-    let is_beside = beside.is_file();
-    let place = if is_beside && looks_beside {
-        &beside
-    } else {
-        Path::new(&name)
-    };
+fn load(place: &CudaPlace<'_>, name: String) -> Needed {
     Needed {
-        error: runtime::load(place).err(),
-        is_beside,
+        error: place.load(&name).err(),
+        is_beside: place.folder.join(&name).is_file(),
         name,
-    }
-}
-
-/// Libraries that a library is linked with.
-struct Linked {
-    names: Vec<String>,
-    /// True if the dynamic linker searches the library's own directory first.
-    looks_beside: bool,
-}
-
-/// Reads the libraries that a library is linked with from its dynamic section.
-/// Only this section is read of a file of hundreds of megabytes.
-fn needed(file: &Path) -> Result<Linked, String> {
-    let opened = File::open(file).map_err(|error| format!("{}: {error}", file.display()))?;
-    let data = ReadCache::new(opened);
-    let linked = || -> anyhow::Result<Linked> {
-        let mut linked = Linked {
-            names: Vec::new(),
-            looks_beside: false,
-        };
-        let header = FileHeader64::<Endianness>::parse(&data)?;
-        let endian = header.endian()?;
-        if let Some(machine) = machine()
-            && header.e_machine(endian) != machine
-        {
-            anyhow::bail!("the file is for another kind of processor");
-        }
-        let sections = header.sections(endian, &data)?;
-        let Some((entries, strings)) = sections.dynamic(endian, &data)? else {
-            return Ok(linked);
-        };
-        let strings = sections.strings(endian, &data, strings)?;
-        for entry in entries {
-            let text = || -> object::Result<String> {
-                let text = entry.string(endian, strings)?;
-                Ok(String::from_utf8_lossy(text).into_owned())
-            };
-            match entry.tag(endian) {
-                DT_NEEDED => linked.names.push(text()?),
-                DT_RPATH | DT_RUNPATH => linked.looks_beside |= text()?.contains("$ORIGIN"),
-                _ => {}
-            }
-        }
-        Ok(linked)
-    };
-    linked().map_err(|error| format!("{} is not a library: {error}", file.display()))
-}
-
-/// Machine type in the headers of libraries for this machine.
-fn machine() -> Option<Machine> {
-    match std::env::consts::ARCH {
-        "x86_64" => Some(EM_X86_64),
-        "aarch64" => Some(EM_AARCH64),
-        _ => None,
     }
 }
 
@@ -255,24 +171,6 @@ mod tests {
     use procfs::FromRead as _;
 
     use super::*;
-
-    #[test]
-    fn a_library_says_what_it_is_linked_with() {
-        // This test's own binary is linked with the C library.
-        let names = needed(&std::env::current_exe().unwrap()).unwrap().names;
-        assert!(
-            names.iter().any(|name| name.starts_with("libc.so")),
-            "{names:?}"
-        );
-        let text = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(
-            text.path(),
-            "not a library, though long enough for a header of one",
-        )
-        .unwrap();
-        let reason = needed(text.path()).map(|linked| linked.names).unwrap_err();
-        assert!(reason.contains("is not a library"), "{reason}");
-    }
 
     #[test]
     fn what_is_named_like_the_provider_and_is_none_is_told() {
@@ -313,7 +211,10 @@ mod tests {
     fn a_library_is_looked_for_where_the_provider_would() {
         let folder = tempfile::tempdir().unwrap();
         let name = "libcublas-not-there.so.13";
-        let load = |looks_beside| load(folder.path(), name.to_owned(), looks_beside);
+        let load = |looks_beside| {
+            let place = CudaPlace::new(folder.path(), looks_beside);
+            load(&place, name.to_owned())
+        };
         let missing = load(true);
         assert!(missing.error.unwrap().contains(name));
         assert!(!missing.is_beside);

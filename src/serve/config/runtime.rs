@@ -16,7 +16,8 @@ const DEVICES_MAX: usize = 16;
 #[derive(Debug, Clone, Args)]
 pub struct LibraryFlags {
     /// ONNX Runtime's shared library, version 1.24 or newer [default: the copy
-    /// beside the program, then the system's]
+    /// beside the program, then that of the Python environment in which the
+    /// program is installed, then the system's]
     #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
     pub onnxruntime: Option<PathBuf>,
 }

@@ -6,6 +6,7 @@ use bytesize::ByteSize;
 use super::{Asked, DriverFindings, Finding, MachineFindings};
 use crate::commands::doctor::library::{CudaProvider, Needed};
 use crate::gpu::{Gpu, GpuUsage, Version};
+use crate::runtime::python::packages_around;
 
 /// Ranges of compute capabilities, first to last, for which the provider of the
 /// package onnxruntime-gpu 1.31.1 has all its kernels. The headers of its
@@ -179,6 +180,7 @@ fn provider_files(found: &MachineFindings) -> Finding {
     let (Some(provider), Some(folder)) = (&found.cuda, &found.library.folder) else {
         return Finding::Bad("unknown without a usable ONNX Runtime".to_owned(), None);
     };
+    let packages = packages_around(folder);
     let folder = folder.display();
     if let Some(reason) = &provider.unreadable {
         return Finding::bad(
@@ -189,8 +191,19 @@ fn provider_files(found: &MachineFindings) -> Finding {
     if provider.missing_files.is_empty() {
         return Finding::Fine(format!("in {folder}"));
     }
+    let text = format!("{} not in {folder}", are(&provider.missing_files));
+    if let Some(packages) = packages {
+        // The two packages have the same directory, and pip does not notice.
+        return Finding::bad(
+            text,
+            format!(
+                "pip uninstall onnxruntime, and pip install 'imagegpt[gpu]', for the Python of {}",
+                packages.display()
+            ),
+        );
+    }
     Finding::bad(
-        format!("{} not in {folder}", are(&provider.missing_files)),
+        text,
         "pip install onnxruntime-gpu, and name its libonnxruntime.so with --onnxruntime or \
          ORT_DYLIB_PATH",
     )
@@ -251,6 +264,13 @@ fn libraries(found: &MachineFindings, major: i32) -> Finding {
         [] => format!("install CUDA {major}'s libraries"),
         wheels => format!("pip install {}", wheels.join(" ")),
     };
+    // A worker looks into the packages of its ONNX Runtime's environment.
+    if let Some(packages) = found.library.folder.as_deref().and_then(packages_around) {
+        return Finding::bad(
+            text,
+            format!("{get} for the Python of {}", packages.display()),
+        );
+    }
     let folder = match major {
         ..13 => "site-packages/nvidia/*/lib".to_owned(),
         _ => format!("site-packages/nvidia/cu{major}/lib"),

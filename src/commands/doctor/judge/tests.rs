@@ -243,6 +243,31 @@ fn a_missing_library_is_named_with_its_package() {
 }
 
 #[test]
+fn advice_for_a_python_environment_is_to_install_into_it() {
+    let site = "/env/lib/python3.11/site-packages";
+    let mut found = missing_library("libcublas.so.13", "No such file");
+    found.library.folder = Some(format!("{site}/onnxruntime/capi").into());
+    let todo = |found: &MachineFindings, name: &str| {
+        let (report, _) = judged(&asked(ProviderChoice::Cuda, &[0]), found);
+        check(&report, name).todo.clone().unwrap()
+    };
+    assert_eq!(
+        todo(&found, "CUDA libraries"),
+        format!("pip install 'nvidia-cublas==13.*' for the Python of {site}")
+    );
+    found.cuda = Some(CudaProvider {
+        missing_files: vec!["libonnxruntime_providers_cuda.so".to_owned()],
+        ..CudaProvider::default()
+    });
+    assert_eq!(
+        todo(&found, "CUDA provider"),
+        format!(
+            "pip uninstall onnxruntime, and pip install 'imagegpt[gpu]', for the Python of {site}"
+        )
+    );
+}
+
+#[test]
 fn packages_of_cuda_12_are_named_after_it() {
     let mut found = complete();
     let gone = Some("No such file".to_owned());
