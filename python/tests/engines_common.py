@@ -21,6 +21,7 @@ import PIL.Image
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
+
 from imagegpt import Client, LocalWorker, UnavailableError
 from imagegpt.worker import find_onnxruntime, find_program
 

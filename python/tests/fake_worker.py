@@ -12,6 +12,7 @@ import grpc
 import numpy
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
+
 from imagegpt.v1 import imagegpt_pb2 as pb
 from imagegpt.v1 import imagegpt_pb2_grpc
 

@@ -10,10 +10,11 @@ import threading
 import time
 
 import grpc
-import imagegpt.calls
 import numpy
 import pytest
 from fake_worker import FakeWorker, failed, vector
+
+import imagegpt.calls
 from imagegpt import (
     AsyncClient,
     Client,

@@ -14,6 +14,7 @@ import PIL.Image
 import pytest
 from datasets import Dataset, Image, load_dataset
 from datasets.fingerprint import Hasher
+
 from imagegpt import Client, InvalidImageError, LocalWorker, UnavailableError
 from imagegpt.datasets import Embedder
 

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from imagegpt import InvalidImageError
 from imagegpt.images import to_message
 

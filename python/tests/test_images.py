@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import PIL.Image
 import pytest
+
 from imagegpt import InvalidImageError, LocalWorker
 from imagegpt.images import to_message
 

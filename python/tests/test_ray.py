@@ -13,13 +13,14 @@ import pytest
 
 pytest.importorskip("ray.data")
 
-import engines_common as common
-import imagegpt.ray
-import pyarrow
-import pyarrow.parquet
-import ray.cluster_utils
-import ray.data
-from imagegpt import LocalWorker, ModelMismatchError, UnavailableError
+import engines_common as common  # noqa: E402
+import pyarrow  # noqa: E402
+import pyarrow.parquet  # noqa: E402
+import ray.cluster_utils  # noqa: E402
+import ray.data  # noqa: E402
+
+import imagegpt.ray  # noqa: E402
+from imagegpt import LocalWorker, ModelMismatchError, UnavailableError  # noqa: E402
 
 pytestmark = pytest.mark.engines
 

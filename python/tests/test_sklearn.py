@@ -1,6 +1,7 @@
 """The scikit-learn transformer, and the heads that are exported from classifiers."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -14,16 +15,6 @@ import numpy
 import PIL.Image
 import pytest
 import sklearn
-from imagegpt import (
-    Client,
-    ImageError,
-    InvalidImageError,
-    LocalWorker,
-    ModelMismatchError,
-    UnavailableError,
-)
-from imagegpt.shared import shared_worker
-from imagegpt.sklearn import Features, export_head, images_of
 from safetensors import safe_open
 from sklearn.base import BaseEstimator, clone
 from sklearn.calibration import CalibratedClassifierCV
@@ -54,12 +45,23 @@ from sklearn.preprocessing import (
 from sklearn.svm import SVC, LinearSVC, NuSVC
 from sklearn.utils import estimator_checks
 
+from imagegpt import (
+    Client,
+    ImageError,
+    InvalidImageError,
+    LocalWorker,
+    ModelMismatchError,
+    UnavailableError,
+)
+from imagegpt.shared import shared_worker
+from imagegpt.sklearn import Features, export_head, images_of
+
 ROOT = Path(__file__).parents[2]
 MODELS = Path(os.environ.get("IMAGEGPT_MODELS", ROOT / "models"))
 MODEL = MODELS / "emoji"
 LAYER = 8
-# Two layers of one worker, for searches too.
-FLAGS = {"feature_layer": LAYER}
+# One worker for all layers, which answers pictures that it has seen at once.
+FLAGS = {"feature_layer": LAYER, "cache_bytes": "64MiB"}
 
 
 @pytest.fixture(scope="session")
@@ -279,6 +281,27 @@ def test_processes_of_cross_validation_have_workers_of_their_own(
         assert scores.mean() > 1 / 9
 
 
+def _pids_of_a_fork(path: str, pipe: Any) -> None:
+    vectors = features().fit_transform([path])
+    pipe.send((shared_worker(MODEL, FLAGS, LAYER).pid, vectors.tobytes()))
+
+
+def test_a_fork_starts_a_worker_of_its_own(
+    emoji_worker: LocalWorker, paths: list[str], vectors: Any
+) -> None:
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    child = fork.Process(target=_pids_of_a_fork, args=(paths[0], there))
+    child.start()
+    assert here.poll(60)
+    pid, content = here.recv()
+    child.join(60)
+    assert child.exitcode == 0
+    assert pid != emoji_worker.pid
+    assert content == vectors[:1].tobytes()
+    assert emoji_worker.embed(paths[:1]).shape == (1, 192)
+
+
 def test_the_worker_ends_with_the_process(paths: list[str]) -> None:
     program = (
         "import sys; from imagegpt.sklearn import Features; from imagegpt.shared import _shared\n"
@@ -477,7 +500,11 @@ def test_the_best_of_a_search_is_exported(
     tmp_path: Path, paths: list[str], classes: list[str]
 ) -> None:
     pipeline = make_pipeline(features(), StandardScaler(), LogisticRegression())
-    search = GridSearchCV(pipeline, {"logisticregression__C": [0.01, 0.1]}, cv=2)
+    grid = {"logisticregression__C": [0.01, 0.1]}
+    unsure = GridSearchCV(pipeline, grid, cv=2, refit=False).fit(paths, classes)
+    with pytest.raises(ValueError, match="refit=False"):
+        export_head(unsure, tmp_path / "head")
+    search = GridSearchCV(pipeline, grid, cv=2)
     with pytest.raises(sklearn.exceptions.NotFittedError):
         export_head(search, tmp_path / "head")
     search.fit(paths, classes)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
-import imagegpt.stream
 import numpy
 import pytest
 from fake_worker import FakeWorker, failed, vector
+
+import imagegpt.stream
 from imagegpt import (
     Client,
     ClosedError,

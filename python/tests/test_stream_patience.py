@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import imagegpt.stream
 import pytest
+
+import imagegpt.stream
 from imagegpt import Client, LocalWorker, UnavailableError
 
 EMOJI = Path(__file__).resolve().parent.parent.parent / "models" / "emoji"

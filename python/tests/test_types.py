@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import imagegpt
 import pytest
+
+import imagegpt
 
 WRONG = """
 from imagegpt import Client

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import numpy
 import pytest
+
 from imagegpt import (
     Client,
     ImageError,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy
 import PIL.Image
+
 from imagegpt import AsyncClient, Client, ImageError, LocalWorker
 
 

@@ -132,11 +132,12 @@ def export_head(
 def _flat(estimator: Any) -> list[Any]:
     """Returns the steps of an estimator: searches as their best one, pipelines as
     their steps."""
-    from sklearn.model_selection._search import BaseSearchCV
     from sklearn.pipeline import Pipeline
     from sklearn.utils.validation import check_is_fitted
 
-    if isinstance(estimator, BaseSearchCV):
+    parameters = estimator.get_params(deep=False) if hasattr(estimator, "get_params") else {}
+    # scikit-learn's searches, and those of other packages that are made like them.
+    if {"estimator", "cv", "refit"} <= parameters.keys():
         check_is_fitted(estimator)
         if not hasattr(estimator, "best_estimator_"):
             raise ValueError(f"{type(estimator).__name__} has refit=False, so it has no estimator")
