@@ -373,3 +373,21 @@ def test_streams_of_several_threads_share_a_client() -> None:
     assert len(results) == 4
     for got in results:
         check(got, images)
+
+
+def test_the_status_of_a_worker_is_seen_although_items_are_on_their_way() -> None:
+    """A worker that closes a stream in good order has answered what it read: nothing
+    of that is sent again, and nothing counts as lost."""
+    images = contents(400)
+    with FakeWorker(window=64) as worker:
+
+        def close(stream: int, number: int, content: bytes, context: grpc.ServicerContext) -> None:
+            if number == 20:
+                worker.read.pop()
+                failed(context, grpc.StatusCode.UNAVAILABLE, "as planned", reason="CONNECTION_AGE")
+
+        worker.on_item = close
+        with Client(worker.endpoint) as client:
+            check(list(client.embed_stream(images)), images)
+        assert worker.streams == 20 or worker.streams == 21
+        assert len(worker.read) == 400

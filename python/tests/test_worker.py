@@ -46,8 +46,8 @@ def images(pictures: list[Path]) -> list[pb.Image]:
 
 
 def until_gone(process: int) -> None:
-    """Waits until a process has ended; one that has ended but was not waited for
-    counts too."""
+    """Waits until a process that is no child of this one has ended, or is only waited
+    for."""
     deadline = time.monotonic() + 20
     while True:
         try:
@@ -233,6 +233,8 @@ def test_a_forked_process_connects_anew(emoji: LocalWorker, pictures: list[Path]
         try:
             got = [vector for _, vector in client.embed_stream(pictures[:2], ordered=True)]
             os.write(writer, numpy.stack(got).tobytes())
+        except BaseException as error:
+            os.write(writer, repr(error).encode())
         finally:
             os._exit(0)
     os.close(writer)
@@ -278,7 +280,7 @@ def test_a_local_worker_ends_with_its_block(models: Path) -> None:
 def test_a_local_worker_that_was_killed_is_an_error_with_its_exit_code(models: Path) -> None:
     with LocalWorker(models / "emoji") as worker:
         os.kill(worker.pid, signal.SIGKILL)
-        until_gone(worker.pid)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
         with pytest.raises(UnavailableError, match="-9"):
             worker.model()
 

@@ -690,8 +690,9 @@ class AsyncClient:
         check_on_error(on_error)
         outcomes: dict[int, GeneratedImage | ImageError] = {}
         numbers = range(request.samples)
+        digests: list[str] = []
 
-        async def attempt(stub: Any, left: float | None, metadata: Any) -> None:
+        async def attempt(stub: Any, left: float | None, metadata: Any) -> Failure | None:
             call = stub.Generate(request, timeout=left, metadata=metadata)
             seed = 0
             try:
@@ -699,8 +700,9 @@ class AsyncClient:
                     kind = response.WhichOneof("message")
                     if kind == "started":
                         seed = response.started.seed
-                        started = response.started.model_digest
-                        self._check_digest(started, self._digest, numbers)
+                        digests.append(response.started.model_digest)
+                        if self._digest not in (None, digests[-1]):
+                            return None
                     elif kind == "result":
                         result = response.result
                         value = functools.partial(_generated, seed, request.log_probs)
@@ -709,20 +711,23 @@ class AsyncClient:
                 if not outcomes:
                     raise
                 # Images that are done would be lost by another try.
-                missing = [number for number in numbers if number not in outcomes]
-                raise Failure.of(error).error(missing) from error
+                return Failure.of(error)
             finally:
                 call.cancel()
+            return None
 
-        await self._connections.call(
+        failure = await self._connections.call(
             attempt,
             items=numbers,
             timeout=self._timeout if timeout is None else timeout,
             priority=priority,
         )
+        for digest in digests[-1:]:
+            self._check_digest(digest, self._digest, numbers)
         missing = [number for number in numbers if number not in outcomes]
         if missing:
-            raise WorkerError("INTERNAL", "the worker sent no outcome", items=missing)
+            failure = failure or Failure("INTERNAL", "the worker sent no outcome")
+            raise failure.error(missing)
         ordered = [outcomes[number] for number in numbers]
         return ordered if on_error == "return" else raise_first(ordered)
 

@@ -235,6 +235,9 @@ class Connections:
                 # A channel that is closed cancels its calls.
                 self.check_open()
                 raise
+            # An exception that a program keeps would keep its frames, and with a stub
+            # of theirs the connection, also where a fork must close it.
+            del stub
             self.check_open()
             wait = patience.wait(failure, time.monotonic())
             if wait is None:

@@ -90,6 +90,14 @@ class _Loop:
 
 # Longest time in seconds in which connections are closed before a fork.
 _FORK_TIMEOUT = 5.0
+# Collections of garbage before a fork; two were enough where one was not.
+_COLLECTIONS = 4
+
+
+def _polls() -> bool:
+    """True if a thread of grpc.aio waits within gRPC, as one does while there are
+    channels."""
+    return any("_poll_wrapper" in thread.name for thread in threading.enumerate())
 
 
 class _Forks:
@@ -110,15 +118,21 @@ class _Forks:
         cls._was_busy = any(connections.n_in_progress for connections in opened)
         if loop is None or loop.process != os.getpid() or cls._was_busy:
             # Without a loop, connections are those of asyncio programs.
-            cls._was_busy = cls._was_busy or bool(opened)
+            cls._was_busy = cls._was_busy or _polls()
             return
         try:
             asyncio.run_coroutine_threadsafe(cls._release(opened), loop.loop).result(_FORK_TIMEOUT)
         except (TimeoutError, RuntimeError):
             cls._was_busy = True
         del opened
-        # What is left of the channels keeps a thread within gRPC.
-        gc.collect()
+        # What is left of the channels keeps a thread within gRPC. Tasks and calls that
+        # refer to each other are freed by several collections; an exception that the
+        # program keeps is not.
+        for _ in range(_COLLECTIONS):
+            if not _polls():
+                return
+            gc.collect()
+        cls._was_busy = cls._was_busy or _polls()
 
     @staticmethod
     async def _release(opened: list[Connections]) -> None:

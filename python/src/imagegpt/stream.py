@@ -217,6 +217,30 @@ class _Outstanding:
 Answer = tuple[Task, "NDArray[Any] | ImageError"]
 
 
+async def _send(call: Any, message: bytes) -> bool:
+    """Sends a message; returns False if the stream has ended.
+
+    When a worker ends a stream while a message is on its way, ``write`` of grpc.aio
+    replaces the worker's status by one of its own, drops the answers that were not
+    read yet, and never frees the call. So the message goes past ``write`` to the call
+    below it, as long as there is such a call.
+    """
+    below = getattr(call, "_cython_call", None)
+    if call.done():
+        return False
+    try:
+        if below is None:
+            await call.write(message)
+        else:
+            await below.send_serialized_message(message)
+    except asyncio.CancelledError:
+        call.cancel()
+        raise
+    except (asyncio.InvalidStateError, grpc.aio.AioRpcError, grpc.aio.InternalError):
+        return False
+    return True
+
+
 class EmbedStream:
     """Running stream over all workers, within one event loop.
 
@@ -506,7 +530,8 @@ class EmbedStream:
         call = method(metadata=metadata)
         opening = pb.EmbedStreamRequest(open=wanted)
         try:
-            await self._hello(call.write(opening.SerializeToString()), "take a stream")
+            await self._hello(call.wait_for_connection(), "take a stream")
+            await self._hello(_send(call, opening.SerializeToString()), "take a stream")
             first = await self._hello(call.read(), "open a stream")
             if first is grpc.aio.EOF or first.WhichOneof("message") != "opened":
                 # The status says why, if the worker ended the stream.
@@ -578,9 +603,7 @@ class EmbedStream:
                 # A worker that had no images has not been silent.
                 outstanding.last_answer = task.since
             tasks[task.number] = task
-            try:
-                await call.write(task.message)
-            except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            if not await _send(call, task.message):
                 # The stream has ended. Only the reader learns why, so this task
                 # waits to be canceled.
                 await asyncio.get_running_loop().create_future()
