@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Before the library reads it: nothing here needs a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import datasets
 import numpy
 import PIL.Image

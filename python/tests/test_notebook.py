@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import imagegpt
+
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
@@ -16,9 +18,10 @@ EXAMPLES = ROOT / "python/examples"
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", [ROOT, EXAMPLES], ids=["root", "examples"])
 def test_the_quick_start_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = str(ROOT / "python/src")
+    # The package that is tested, also in a kernel that is found elsewhere.
+    package = str(Path(imagegpt.__file__).parents[1])
     path = os.environ.get("PYTHONPATH")
-    monkeypatch.setenv("PYTHONPATH", f"{source}{os.pathsep}{path}" if path else source)
+    monkeypatch.setenv("PYTHONPATH", f"{package}{os.pathsep}{path}" if path else package)
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}

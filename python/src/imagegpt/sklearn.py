@@ -77,7 +77,8 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         flags: Flags of the worker that ``model`` starts, with underscores
             (``{"precision": "int8"}``), and ``start_timeout``.
         client_options: Keyword arguments of the :class:`~imagegpt.Client` of
-            ``endpoint``, such as ``token_file``. A pickle has them.
+            ``endpoint``, such as ``token_file``. They are in pickles and in the printed
+            estimator, so give ``token_file`` and not ``token``.
 
     Attributes:
         layer_: Layer whose features are taken.
