@@ -265,6 +265,10 @@ python-check: $(if $(filter target/release/%,$(BINARY)),build) python-stubs $(PY
 bench-python: build python-stubs $(PYTHON_CHECK)/.done ## Measure the Python client's streams beside `imagegpt embed`: images/s, CPU time, memory
 	PYTHONPATH=python/src $(PYTHON_CHECK)/bin/python scripts/python/bench.py
 
+.PHONY: python-probe
+python-probe: $(if $(filter target/release/%,$(BINARY)),build) python-stubs $(PYTHON_CHECK)/.done ## Fit scikit-learn's classifiers on features of the emoji, serve them and compare every prediction (brings the emoji, with npm), with BINARY
+	IMAGEGPT_BINARY=$(abspath $(BINARY)) $(PYTHON_CHECK)/bin/python scripts/python/emoji_probe.py
+
 $(PYTHON_TOOLS)/.done: scripts/python/requirements.txt
 	python3 -m venv $(PYTHON_TOOLS)
 	$(PYTHON_TOOLS)/bin/pip install --quiet --disable-pip-version-check -r $<
