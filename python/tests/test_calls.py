@@ -345,3 +345,31 @@ def test_an_asyncio_program_makes_calls_at_the_same_time() -> None:
 
     with FakeWorker() as worker:
         asyncio.run(main(worker.endpoint))
+
+
+def test_an_asyncio_call_that_is_canceled_is_canceled_at_the_worker() -> None:
+    gate, ended = threading.Event(), threading.Event()
+
+    def hold(call: int, context: grpc.ServicerContext) -> None:
+        context.add_callback(ended.set)
+        gate.wait(10)
+
+    async def main(endpoint: str) -> None:
+        async with AsyncClient(endpoint) as client:
+            await client.model()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(client.embed([b"x"]), 0.3)
+            assert await asyncio.to_thread(ended.wait, 10)
+
+    with FakeWorker() as worker:
+        worker.on_embed = hold
+        asyncio.run(main(worker.endpoint))
+        gate.set()
+
+
+def test_an_asyncio_client_is_used_in_several_loops() -> None:
+    with FakeWorker() as worker:
+        client = AsyncClient(worker.endpoint)
+        for _ in range(2):
+            assert asyncio.run(client.embed([b"x"])).shape == (1, 4)
+        asyncio.run(client.close())

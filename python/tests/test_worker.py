@@ -303,6 +303,36 @@ def test_a_local_worker_ends_with_a_program_that_is_killed(models: Path) -> None
     until_gone(process)
 
 
+@pytest.mark.parametrize(
+    "end", ["", "raise SystemExit(3)", "os.kill(os.getpid(), 2)", "asyncio.run(leave())"]
+)
+def test_a_program_ends_although_a_stream_is_not_read_to_its_end(models: Path, end: str) -> None:
+    script = f"""
+        import asyncio, os
+        from imagegpt import AsyncClient, Client, LocalWorker
+        worker = LocalWorker({str(models / "emoji")!r})
+        picture = {str(models / "pictures/flags/rainbow-flag.png")!r}
+        client = Client(worker.endpoint)
+        stream = client.embed_stream([picture] * 200)
+        print(next(stream)[0])
+        async def leave():
+            async for id, _ in AsyncClient(worker.endpoint).embed_stream([picture] * 200):
+                break
+        {end}
+    """
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=40,
+    )
+    expected = {"": 0, "raise SystemExit(3)": 3, "os.kill(os.getpid(), 2)": -2}
+    assert done.returncode == expected.get(end, 0), done.stderr
+    assert "0" in done.stdout
+    if not end.startswith("os.kill"):
+        assert done.stderr == ""
+
+
 def test_a_worker_that_cannot_start_says_why(models: Path, tmp_path: Path) -> None:
     with pytest.raises(WorkerStartError, match="--no-such-flag") as caught:
         LocalWorker(models / "emoji", no_such_flag=True)

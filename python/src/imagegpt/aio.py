@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
-import os
+import sys
 from collections.abc import (
     AsyncIterable,
     AsyncIterator,
-    Awaitable,
     Callable,
-    Hashable,
+    Coroutine,
     Iterable,
-    Sequence,
 )
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-import grpc
-import grpc.aio
 import numpy
 
-from imagegpt.calls import Connections, Failure
-from imagegpt.endpoints import ConnectOptions
-from imagegpt.errors import (
-    ImageError,
-    InvalidImageError,
-    InvalidRequestError,
-    ModelMismatchError,
-    WorkerError,
-    image_error,
-)
-from imagegpt.images import ImageInput, to_message
+from imagegpt.core import ClientBase, ClientCore, OnError, accept, as_given, with_items
+from imagegpt.errors import ClosedError, ImageError
+from imagegpt.images import ImageInput
 from imagegpt.ledger import Ledger
+from imagegpt.loop import GrpcLoop
 from imagegpt.options import (
     Alpha,
     Context,
@@ -43,115 +33,24 @@ from imagegpt.options import (
     Norm,
     Pooling,
     Priority,
-    preprocess,
-    whole_number,
 )
-from imagegpt.results import Classification, GeneratedImage, ModelInfo, Score, array_of
-from imagegpt.stream import EmbedStream, StreamOptions, Task, check_stream_options
-from imagegpt.v1 import imagegpt_pb2 as pb
+from imagegpt.results import Classification, GeneratedImage, ModelInfo, Score
+from imagegpt.stream import StreamOptions, Task
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["AsyncClient"]
 
-OnError = Literal["raise", "return"]
 
-# Requests of one call that are with workers at the same time: while one runs, the
-# next is on its way.
-_REQUESTS = 2
-# Part of a request's largest size that its images may take; the rest is for the
-# encoding of the message.
-_FILL = 0.95
-
-# Reasons of a call that fails because of its only image.
-_OF_IMAGES = frozenset({"IMAGE_INVALID", "IMAGE_MISSING"})
-
-_T = TypeVar("_T")
-
-
-def default_endpoints() -> str:
-    """Returns the endpoint of a client that is given none: ``IMAGEGPT_ENDPOINT``, or
-    a worker on this machine at its usual port."""
-    return os.environ.get("IMAGEGPT_ENDPOINT", "http://127.0.0.1:50051")
-
-
-def check_on_error(on_error: str) -> None:
-    """Checks an argument ``on_error``.
-
-    Raises:
-        ValueError: The argument has another value.
-    """
-    if on_error not in ("raise", "return"):
-        raise ValueError(f"on_error={on_error!r} is neither 'raise' nor 'return'")
-
-
-def check_images(images: Iterable[ImageInput]) -> list[ImageInput]:
-    """Returns the images as a list.
-
-    Raises:
-        TypeError: The argument is a single image, or no collection.
-    """
-    is_single = isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, pb.Image))
-    shape = getattr(images, "shape", None)
-    if shape is not None and len(shape) == 3 and 3 in (shape[0], shape[2]):
-        is_single = True
-    if isinstance(images, dict) or is_single or not hasattr(images, "__iter__"):
-        kind = type(images).__name__
-        raise TypeError(f"images is a single {kind}; give a list of images, [image]")
-    return list(images)
-
-
-def raise_first(outcomes: Sequence[_T | ImageError]) -> list[_T]:
-    """Returns the outcomes.
-
-    Raises:
-        ImageError: The first error among them.
-    """
-    plain: list[_T] = []
-    for outcome in outcomes:
-        if isinstance(outcome, ImageError):
-            raise outcome
-        plain.append(outcome)
-    return plain
-
-
-class AsyncClient:
+class AsyncClient(ClientBase):
     """Client of one or more workers that serve the same model, for asyncio.
 
     The methods have the arguments, results and errors of :class:`imagegpt.Client`,
     which describes them, and are coroutines; ``embed_stream`` is an asynchronous
-    iterator. A client belongs to the event loop in which it is first used.
+    iterator. The arguments of the class are those of ``Client`` too. A client may be
+    used in several event loops: calls run in a thread of their own.
     """
-
-    def __init__(
-        self,
-        endpoints: str | Sequence[str] | None = None,
-        *,
-        timeout: float | None = 300.0,
-        digest: str | None = None,
-        tls: bool | None = None,
-        tls_ca: str | os.PathLike[str] | None = None,
-        tls_client_cert: str | os.PathLike[str] | None = None,
-        tls_client_key: str | os.PathLike[str] | None = None,
-        token: str | None = None,
-        token_file: str | os.PathLike[str] | None = None,
-    ) -> None:
-        self._connect = ConnectOptions.checked(
-            default_endpoints() if endpoints is None else endpoints,
-            tls=tls,
-            tls_ca=tls_ca,
-            tls_client_cert=tls_client_cert,
-            tls_client_key=tls_client_key,
-            token=token,
-            token_file=token_file,
-        )
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout={timeout} is no time in seconds above 0")
-        self._timeout = timeout
-        self._digest = digest
-        self._connections = Connections(self._connect)
-        self._model: ModelInfo | None = None
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -167,31 +66,18 @@ class AsyncClient:
     async def close(self) -> None:
         """Closes the connections; calls in progress fail with
         :class:`~imagegpt.ClosedError`."""
-        await self._connections.close()
+        inner = self._closing()
+        if inner is not None:
+            await self._run(inner.close())
+
+    @staticmethod
+    async def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return await asyncio.wrap_future(GrpcLoop.get().submit(coroutine))
 
     async def model(self, *, timeout: float | None = None) -> ModelInfo:
         """Returns the model that the workers serve."""
-        message = await self._connections.call(
-            lambda stub, left, metadata: stub.GetModel(
-                pb.GetModelRequest(), timeout=left, metadata=metadata
-            ),
-            items=(),
-            timeout=self._timeout if timeout is None else timeout,
-        )
-        self._check_digest(message.digest, self._digest, ())
-        self._model = ModelInfo.of(message)
-        return self._model
-
-    async def _known_model(self) -> ModelInfo:
-        """Returns the model as a call found it before, for the limits."""
-        return self._model if self._model is not None else await self.model()
-
-    def _check_digest(self, digest: str, wanted: str | None, items: Sequence[Hashable]) -> None:
-        if wanted is None or digest == wanted:
-            return
-        self._model = None
-        text = f"the worker serves another model ({digest}) than {wanted}"
-        raise ModelMismatchError("FAILED_PRECONDITION", text, items=items)
+        core = self._core()
+        return await self._run(core.model(timeout=timeout))
 
     @overload
     async def embed(
@@ -246,32 +132,23 @@ class AsyncClient:
         on_error: OnError = "raise",
     ) -> NDArray[Any] | list[NDArray[Any] | ImageError]:
         """Returns feature vectors; see :meth:`imagegpt.Client.embed`."""
-        options = EmbedOptions.checked(layers, pooling, fit, alpha, context, norm, normalize, dtype)
-        given = self._checked(images, on_error)
-        model = await self._known_model()
-        template = options.request(model.layers_served)
-        n_vectors = model.positions if pooling == "none" else max(1, len(template.layers))
-        outcomes = await self._in_requests(
-            given,
-            lambda stub: stub.Embed,
-            lambda images: _with_images(template, images),
-            lambda result: as_given(array_of(result.embedding), options),
-            result_bytes=n_vectors * model.dimension * (2 if dtype == "f16" else 4),
-            timeout=timeout,
-            priority=priority,
+        core = self._core()
+        return await self._run(
+            core.embed(
+                images,
+                layers=layers,
+                pooling=pooling,
+                fit=fit,
+                alpha=alpha,
+                context=context,
+                norm=norm,
+                normalize=normalize,
+                dtype=dtype,
+                priority=priority,
+                timeout=timeout,
+                on_error=on_error,
+            )
         )
-        if on_error == "return":
-            return outcomes
-        vectors = raise_first(outcomes)
-        if vectors:
-            return numpy.stack(vectors)
-        axes: list[int] = [0]
-        if options.has_layer_axis:
-            axes.append(len(template.layers))
-        if pooling == "none":
-            axes.append(model.positions)
-        element = numpy.float16 if dtype == "f16" else numpy.float32
-        return numpy.empty((*axes, model.dimension), element)
 
     @overload
     async def classify(
@@ -317,21 +194,20 @@ class AsyncClient:
         on_error: OnError = "raise",
     ) -> list[Classification] | list[Classification | ImageError]:
         """Returns class scores; see :meth:`imagegpt.Client.classify`."""
-        template = pb.ClassifyRequest(
-            preprocess=preprocess(fit, alpha),
-            top_k=whole_number("top_k", top_k, 1),
-            logits=logits,
-            head=head,
+        core = self._core()
+        return await self._run(
+            core.classify(
+                images,
+                top_k=top_k,
+                logits=logits,
+                head=head,
+                fit=fit,
+                alpha=alpha,
+                priority=priority,
+                timeout=timeout,
+                on_error=on_error,
+            )
         )
-        outcomes = await self._in_requests(
-            self._checked(images, on_error),
-            lambda stub: stub.Classify,
-            lambda images: _with_images(template, images),
-            lambda result: Classification.of(result.classification),
-            timeout=timeout,
-            priority=priority,
-        )
-        return outcomes if on_error == "return" else raise_first(outcomes)
 
     @overload
     async def score(
@@ -374,21 +250,19 @@ class AsyncClient:
         on_error: OnError = "raise",
     ) -> list[Score] | list[Score | ImageError]:
         """Returns likelihoods; see :meth:`imagegpt.Client.score`."""
-        template = pb.ScoreRequest(
-            preprocess=preprocess(fit, alpha), map=map, complexity=complexity
+        core = self._core()
+        return await self._run(
+            core.score(
+                images,
+                map=map,
+                complexity=complexity,
+                fit=fit,
+                alpha=alpha,
+                priority=priority,
+                timeout=timeout,
+                on_error=on_error,
+            )
         )
-        given = self._checked(images, on_error)
-        model = await self._known_model()
-        outcomes = await self._in_requests(
-            given,
-            lambda stub: stub.Score,
-            lambda images: _with_images(template, images),
-            lambda result: Score.of(result.score),
-            result_bytes=model.positions * 4 if map else 0,
-            timeout=timeout,
-            priority=priority,
-        )
-        return outcomes if on_error == "return" else raise_first(outcomes)
 
     @overload
     async def tokenize(
@@ -425,115 +299,12 @@ class AsyncClient:
         on_error: OnError = "raise",
     ) -> NDArray[numpy.uint16] | list[NDArray[numpy.uint16] | ImageError]:
         """Returns color tokens; see :meth:`imagegpt.Client.tokenize`."""
-        template = pb.TokenizeRequest(preprocess=preprocess(fit, alpha))
-        given = self._checked(images, on_error)
-        outcomes = await self._in_requests(
-            given,
-            lambda stub: stub.Tokenize,
-            lambda images: _with_images(template, images),
-            lambda result: numpy.array(result.tokens.ids, numpy.uint16),
-            timeout=timeout,
-            priority=priority,
+        core = self._core()
+        return await self._run(
+            core.tokenize(
+                images, fit=fit, alpha=alpha, priority=priority, timeout=timeout, on_error=on_error
+            )
         )
-        if on_error == "return":
-            return outcomes
-        tokens = raise_first(outcomes)
-        if tokens:
-            return numpy.stack(tokens)
-        return numpy.empty((0, (await self._known_model()).positions), numpy.uint16)
-
-    def _checked(self, images: Iterable[ImageInput], on_error: str) -> list[ImageInput]:
-        self._connections.check_open()
-        check_on_error(on_error)
-        return check_images(images)
-
-    async def _in_requests(
-        self,
-        images: list[ImageInput],
-        method: Callable[[Any], Callable[..., Awaitable[Any]]],
-        request: Callable[[Sequence[pb.Image]], Any],
-        value: Callable[[Any], _T],
-        *,
-        timeout: float | None,
-        priority: Priority | None,
-        result_bytes: int = 0,
-    ) -> list[_T | ImageError]:
-        """Sends images in requests within the worker's limits, and returns their
-        outcomes in order."""
-        outcomes: list[_T | ImageError | None] = [None] * len(images)
-        if not images:
-            return []
-        limits = (await self._known_model()).limits
-        per_call = max(1, limits.images_per_call_max)
-        if result_bytes:
-            per_call = max(1, min(per_call, limits.response_bytes_max // result_bytes))
-        bytes_max = int(limits.request_bytes_max * _FILL)
-        wanted = self._digest
-
-        def missing() -> list[int]:
-            return [index for index, outcome in enumerate(outcomes) if outcome is None]
-
-        async def send(batch: list[tuple[int, pb.Image]]) -> None:
-            nonlocal wanted
-            message = request([image for _, image in batch])
-            try:
-                response = await self._connections.call(
-                    lambda stub, left, metadata: method(stub)(
-                        message, timeout=left, metadata=metadata
-                    ),
-                    items=[index for index, _ in batch],
-                    timeout=self._timeout if timeout is None else timeout,
-                    priority=priority,
-                )
-            except WorkerError as error:
-                # The limits may be those of a worker that has been replaced.
-                self._model = None
-                error.items = missing()
-                raise
-            if wanted is None:
-                wanted = response.model_digest
-            self._check_digest(response.model_digest, wanted, missing())
-            if len(response.results) != len(batch):
-                text = f"the worker sent {len(response.results)} results for {len(batch)} images"
-                raise WorkerError("INTERNAL", text, items=missing())
-            for (index, _), result in zip(batch, response.results, strict=True):
-                outcomes[index] = _outcome(index, result, value)
-
-        running: set[asyncio.Task[None]] = set()
-        try:
-            for start in range(0, len(images), per_call):
-                group = range(start, min(start + per_call, len(images)))
-                converted = await asyncio.to_thread(
-                    _all_converted,
-                    [images[index] for index in group],
-                    start,
-                    limits.image_bytes_max,
-                )
-                for index, image in zip(group, converted, strict=True):
-                    if isinstance(image, ImageError):
-                        outcomes[index] = image
-                sound = [
-                    (index, image)
-                    for index, image in zip(group, converted, strict=True)
-                    if not isinstance(image, ImageError)
-                ]
-                for batch in _by_bytes(sound, bytes_max):
-                    if len(running) >= _REQUESTS:
-                        done, running = await asyncio.wait(
-                            running, return_when=asyncio.FIRST_COMPLETED
-                        )
-                        for task in done:
-                            task.result()
-                    running.add(asyncio.get_running_loop().create_task(send(batch)))
-            while running:
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
-        finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-        return [outcome for outcome in outcomes if outcome is not None]
 
     @overload
     async def generate(
@@ -585,16 +356,22 @@ class AsyncClient:
         on_error: OnError = "raise",
     ) -> list[GeneratedImage] | list[GeneratedImage | ImageError]:
         """Generates images; see :meth:`imagegpt.Client.generate`."""
-        request = _generate_request(samples, temperature, top_k, top_p, seed, scale, log_probs)
-        if prefix is not None:
-            tokens = numpy.asarray(prefix)
-            if tokens.size == 0:
-                tokens = tokens.astype(numpy.int64)
-            message = to_message(tokens, "prefix", 0)
-            if message.WhichOneof("source") != "tokens":
-                raise InvalidImageError("prefix", "INVALID_ARGUMENT", "the prefix has no tokens")
-            request.prefix.CopyFrom(message.tokens)
-        return await self._generate(request, priority, timeout, on_error)
+        core = self._core()
+        return await self._run(
+            core.generate(
+                samples=samples,
+                prefix=prefix,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                scale=scale,
+                log_probs=log_probs,
+                priority=priority,
+                timeout=timeout,
+                on_error=on_error,
+            )
+        )
 
     @overload
     async def complete(
@@ -658,78 +435,26 @@ class AsyncClient:
         on_error: OnError = "raise",
     ) -> list[GeneratedImage] | list[GeneratedImage | ImageError]:
         """Completes an image; see :meth:`imagegpt.Client.complete`."""
-        if (rows is None) == (mask is None):
-            raise ValueError("give either rows, kept from the top, or a mask of kept pixels")
-        request = _generate_request(samples, temperature, top_k, top_p, seed, scale, log_probs)
-        self._connections.check_open()
-        limits = (await self._known_model()).limits
-        message = await asyncio.to_thread(to_message, image, 0, limits.image_bytes_max)
-        primer = pb.ImagePrimer(image=message, preprocess=preprocess(fit, alpha))
-        if mask is None:
-            primer.rows = whole_number("rows", rows, 0)
-        else:
-            kept = numpy.asarray(mask)
-            if kept.dtype.kind not in "biu":
-                raise TypeError(f"the mask has elements of {kept.dtype}, not booleans")
-            primer.mask = kept.astype(bool).astype(numpy.uint8).tobytes()
-        request.image.CopyFrom(primer)
-        try:
-            return await self._generate(request, priority, timeout, on_error)
-        except InvalidRequestError as error:
-            if error.reason not in _OF_IMAGES:
-                raise
-            raise InvalidImageError(0, error.code, error.message) from error
-
-    async def _generate(
-        self,
-        request: pb.GenerateRequest,
-        priority: Priority | None,
-        timeout: float | None,
-        on_error: str,
-    ) -> list[Any]:
-        check_on_error(on_error)
-        outcomes: dict[int, GeneratedImage | ImageError] = {}
-        numbers = range(request.samples)
-        digests: list[str] = []
-
-        async def attempt(stub: Any, left: float | None, metadata: Any) -> Failure | None:
-            call = stub.Generate(request, timeout=left, metadata=metadata)
-            seed = 0
-            try:
-                async for response in call:
-                    kind = response.WhichOneof("message")
-                    if kind == "started":
-                        seed = response.started.seed
-                        digests.append(response.started.model_digest)
-                        if self._digest not in (None, digests[-1]):
-                            return None
-                    elif kind == "result":
-                        result = response.result
-                        value = functools.partial(_generated, seed, request.log_probs)
-                        outcomes[result.sample] = _outcome(result.sample, result, value)
-            except grpc.aio.AioRpcError as error:
-                if not outcomes:
-                    raise
-                # Images that are done would be lost by another try.
-                return Failure.of(error)
-            finally:
-                call.cancel()
-            return None
-
-        failure = await self._connections.call(
-            attempt,
-            items=numbers,
-            timeout=self._timeout if timeout is None else timeout,
-            priority=priority,
+        core = self._core()
+        return await self._run(
+            core.complete(
+                image,
+                rows=rows,
+                mask=mask,
+                samples=samples,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                scale=scale,
+                log_probs=log_probs,
+                fit=fit,
+                alpha=alpha,
+                priority=priority,
+                timeout=timeout,
+                on_error=on_error,
+            )
         )
-        for digest in digests[-1:]:
-            self._check_digest(digest, self._digest, numbers)
-        missing = [number for number in numbers if number not in outcomes]
-        if missing:
-            failure = failure or Failure("INTERNAL", "the worker sent no outcome")
-            raise failure.error(missing)
-        ordered = [outcomes[number] for number in numbers]
-        return ordered if on_error == "return" else raise_first(ordered)
 
     def embed_stream(
         self,
@@ -755,22 +480,27 @@ class AsyncClient:
         ``images`` may also be an asynchronous iterable. A plain iterable is read
         within the event loop, so it should not block.
         """
-        self._connections.check_open()
-        check_on_error(on_error)
-        check_stream_options(window, item_timeout, give_up_after)
-        options = EmbedOptions.checked(layers, pooling, fit, alpha, context, norm, normalize, dtype)
-        stream_options = StreamOptions(
+        core = self._core()
+        embed, options = core.stream_options(
+            layers=layers,
+            pooling=pooling,
+            fit=fit,
+            alpha=alpha,
+            context=context,
+            norm=norm,
+            normalize=normalize,
+            dtype=dtype,
             window=window,
             item_timeout=item_timeout,
             give_up_after=give_up_after,
             priority=priority,
-            digest=self._digest,
-            is_known=self._model is not None,
+            on_error=on_error,
         )
-        return self._stream(images, options, stream_options, ordered, on_error == "raise")
+        return self._stream(core, images, embed, options, ordered, on_error == "raise")
 
     async def _stream(
         self,
+        core: ClientCore,
         images: Iterable[Any] | AsyncIterable[Any],
         embed: EmbedOptions,
         options: StreamOptions,
@@ -778,28 +508,41 @@ class AsyncClient:
         raises: bool,
     ) -> AsyncIterator[tuple[Any, Any]]:
         ledger = Ledger(is_ordered)
-        changed = asyncio.Event()
+        here, changed = asyncio.get_running_loop(), asyncio.Event()
         failures: list[BaseException] = []
 
-        def answered(answer: tuple[Task, Any]) -> None:
+        def settle(answer: tuple[Task, Any]) -> None:
             task, outcome = answer
             if not isinstance(outcome, ImageError):
                 outcome = as_given(outcome, embed)
             ledger.settle(task.number, outcome)
             changed.set()
 
-        def failed(error: BaseException) -> None:
+        def fail(error: BaseException) -> None:
             failures.append(error)
             changed.set()
 
-        stream = EmbedStream(self._connections, embed, options, answered, failed, changed.set)
-        stream.start()
+        def tell(call: Callable[..., None], *arguments: Any) -> None:
+            # This loop may have been closed with the stream unfinished.
+            with contextlib.suppress(RuntimeError):
+                here.call_soon_threadsafe(call, *arguments)
+
+        loop = GrpcLoop.get()
+        stream = core.stream(
+            embed,
+            options,
+            functools.partial(tell, settle),
+            functools.partial(tell, fail),
+            functools.partial(tell, changed.set),
+        )
+        loop.soon(stream.start)
         source: Any = aiter(images) if isinstance(images, AsyncIterable) else iter(images)
         pull = _pull_async if isinstance(images, AsyncIterable) else _pull
         is_done = False
         try:
             while True:
-                self._connections.check_open()
+                if self._closed:
+                    raise ClosedError("the client is closed")
                 outcome = ledger.pop()
                 if outcome is not None:
                     if raises and isinstance(outcome[1], ImageError):
@@ -812,16 +555,19 @@ class AsyncClient:
                     if not is_done:
                         task = accept(ledger, item, stream.image_bytes_max)
                         if task is not None:
-                            stream.add([task])
-                        # Lets the sessions run although nothing was waited for.
+                            loop.soon(stream.add, [task])
+                        # Lets other tasks run although nothing was waited for.
                         await asyncio.sleep(0)
                 elif is_done and ledger.is_empty():
                     return
                 else:
                     changed.clear()
-                    await changed.wait()
+                    # Wakes up now and then, to notice that the client was closed.
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(changed.wait(), 1.0)
         finally:
-            await stream.close()
+            if not sys.is_finalizing():
+                await asyncio.wrap_future(loop.submit(stream.close()))
 
 
 async def _pull(source: Any) -> tuple[Any, bool]:
@@ -836,107 +582,3 @@ async def _pull_async(source: Any) -> tuple[Any, bool]:
         return await anext(source), False
     except StopAsyncIteration:
         return None, True
-
-
-def with_items(error: BaseException, ledger: Ledger) -> BaseException:
-    """Adds the ids of the images without an outcome to an error."""
-    if isinstance(error, WorkerError):
-        error.items = ledger.unanswered()
-    return error
-
-
-def accept(ledger: Ledger, item: Any, bytes_max: int) -> Task | None:
-    """Takes an item of a stream in: an image, whose id is its number, or a pair of
-    an id and an image. Returns ``None`` if the image cannot be sent; its error is
-    in the ledger then."""
-    has_id = isinstance(item, tuple) and len(item) == 2
-    number = ledger.accept(item[0] if has_id else ledger.number)
-    id, image = item if has_id else (number, item)
-    message = _converted(image, id, bytes_max)
-    if isinstance(message, ImageError):
-        ledger.settle(number, message)
-        return None
-    task = Task.of(number, id, message)
-    ledger.weigh(number, len(task.message))
-    return task
-
-
-def as_given(array: NDArray[Any], options: EmbedOptions) -> NDArray[Any]:
-    """Returns a vector with an axis of layers if the caller gave a list of them; the
-    contract leaves the axis out for a list of one."""
-    layers = options.layers
-    is_one = options.has_layer_axis and layers is not None and len(layers) == 1
-    return array[numpy.newaxis] if is_one else array
-
-
-def _converted(image: ImageInput, id: Hashable, bytes_max: int) -> pb.Image | ImageError:
-    try:
-        return to_message(image, id, bytes_max)
-    except InvalidImageError as error:
-        return error
-
-
-def _all_converted(
-    images: list[ImageInput], start: int, bytes_max: int
-) -> list[pb.Image | ImageError]:
-    return [_converted(image, start + offset, bytes_max) for offset, image in enumerate(images)]
-
-
-def _by_bytes(
-    images: list[tuple[int, pb.Image]], bytes_max: int
-) -> Iterable[list[tuple[int, pb.Image]]]:
-    """Divides images into requests of at most this size; an image that is larger is
-    alone, and the worker says so."""
-    batch: list[tuple[int, pb.Image]] = []
-    total = 0
-    for index, image in images:
-        size = image.ByteSize()
-        if batch and total + size > bytes_max:
-            yield batch
-            batch, total = [], 0
-        batch.append((index, image))
-        total += size
-    if batch:
-        yield batch
-
-
-def _with_images(template: Any, images: Sequence[pb.Image]) -> Any:
-    request = type(template)()
-    request.CopyFrom(template)
-    request.images.extend(images)
-    return request
-
-
-def _outcome(id: Hashable, result: Any, value: Callable[[Any], _T]) -> _T | ImageError:
-    kind = result.WhichOneof("outcome")
-    if kind is None:
-        return image_error(id, "INTERNAL", "the worker sent no outcome")
-    if kind != "error":
-        return value(result)
-    codes = {code.value[0]: code.name for code in grpc.StatusCode}
-    return image_error(id, codes.get(result.error.code, "UNKNOWN"), result.error.message)
-
-
-def _generated(seed: int, has_log_probs: bool, result: pb.GenerateResult) -> GeneratedImage:
-    return GeneratedImage.of(result.sample, seed, result.image, has_log_probs)
-
-
-def _generate_request(
-    samples: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int | None,
-    scale: int,
-    log_probs: bool,
-) -> pb.GenerateRequest:
-    return pb.GenerateRequest(
-        samples=whole_number("samples", samples, 1),
-        temperature=temperature,
-        top_k=whole_number("top_k", top_k, 0),
-        top_p=top_p,
-        seed=None if seed is None else whole_number("seed", seed, 0, (1 << 64) - 1),
-        scale=whole_number("scale", scale, 1),
-        log_probs=log_probs,
-        no_rows=True,
-    )

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import gc
-import os
 import queue
-import threading
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy
 
-from imagegpt.aio import AsyncClient, OnError, accept, as_given, check_on_error, with_items
-from imagegpt.calls import Connections
-from imagegpt.errors import ClosedError, ForkError, ImageError
+from imagegpt.core import ClientBase, ClientCore, OnError, accept, as_given, with_items
+from imagegpt.errors import ClosedError, ImageError
 from imagegpt.images import ImageInput
 from imagegpt.ledger import Ledger
+from imagegpt.loop import GrpcLoop
 from imagegpt.options import (
     Alpha,
     Context,
@@ -30,7 +27,7 @@ from imagegpt.options import (
     Priority,
 )
 from imagegpt.results import Classification, GeneratedImage, ModelInfo, Score
-from imagegpt.stream import EmbedStream, StreamOptions, Task, check_stream_options
+from imagegpt.stream import StreamOptions, Task
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,124 +38,8 @@ __all__ = ["Client"]
 # wakes it.
 _HANDOVER = 8
 
-_T = TypeVar("_T")
 
-
-class _Loop:
-    """Event loop in a thread of its own, which all clients of a process share."""
-
-    # Held while a call is handed over, and during a fork.
-    _lock = threading.Lock()
-    _current: _Loop | None = None
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
-        self.loop = asyncio.new_event_loop()
-        # A daemon, so that a client that was not closed does not keep the program.
-        thread = threading.Thread(target=self.loop.run_forever, name="imagegpt", daemon=True)
-        thread.start()
-
-    @classmethod
-    def get(cls) -> _Loop:
-        """Returns this process's loop.
-
-        Raises:
-            ForkError: The process was forked while its parent made calls.
-        """
-        if _Forks.is_broken:
-            raise ForkError(
-                "this process was forked while its parent had calls in progress, which gRPC does "
-                "not survive; start processes by the method 'spawn' or 'forkserver', or fork "
-                "before the first call"
-            )
-        with cls._lock:
-            if cls._current is None:
-                cls._current = _Loop()
-            return cls._current
-
-    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        """Runs a coroutine in the loop, and waits for it."""
-        with self._lock:
-            future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        try:
-            return future.result()
-        except BaseException:
-            # The caller was interrupted, or the coroutine failed.
-            future.cancel()
-            raise
-
-
-# Longest time in seconds in which connections are closed before a fork.
-_FORK_TIMEOUT = 5.0
-# Collections of garbage before a fork; two were enough where one was not.
-_COLLECTIONS = 4
-
-
-def _polls() -> bool:
-    """True if a thread of grpc.aio waits within gRPC, as one does while there are
-    channels."""
-    return any("_poll_wrapper" in thread.name for thread in threading.enumerate())
-
-
-class _Forks:
-    """gRPC works in a forked process only if no thread of the parent was within it
-    at the time. So connections without calls are closed before a fork, and opened
-    again when they are needed; a process that was forked during calls says so."""
-
-    #: True in a process whose parent had calls in progress.
-    is_broken = False
-    _was_busy = False
-
-    @classmethod
-    def before(cls) -> None:
-        """Closes the connections, and lets no call begin until the fork is done."""
-        _Loop._lock.acquire()
-        loop = _Loop._current
-        opened = list(Connections.opened)
-        cls._was_busy = any(connections.n_in_progress for connections in opened)
-        if loop is None or loop.process != os.getpid() or cls._was_busy:
-            # Without a loop, connections are those of asyncio programs.
-            cls._was_busy = cls._was_busy or _polls()
-            return
-        try:
-            asyncio.run_coroutine_threadsafe(cls._release(opened), loop.loop).result(_FORK_TIMEOUT)
-        except (TimeoutError, RuntimeError):
-            cls._was_busy = True
-        del opened
-        # What is left of the channels keeps a thread within gRPC. Tasks and calls that
-        # refer to each other are freed by several collections; an exception that the
-        # program keeps is not.
-        for _ in range(_COLLECTIONS):
-            if not _polls():
-                return
-            gc.collect()
-        cls._was_busy = cls._was_busy or _polls()
-
-    @staticmethod
-    async def _release(opened: list[Connections]) -> None:
-        for connections in opened:
-            await connections.release()
-
-    @staticmethod
-    def after_in_parent() -> None:
-        """Lets calls begin again."""
-        _Loop._lock.release()
-
-    @classmethod
-    def after_in_child(cls) -> None:
-        """Begins without the parent's loop, whose thread does not exist here."""
-        cls.is_broken = cls.is_broken or cls._was_busy
-        _Loop._lock, _Loop._current = threading.Lock(), None
-
-
-os.register_at_fork(
-    before=_Forks.before,
-    after_in_parent=_Forks.after_in_parent,
-    after_in_child=_Forks.after_in_child,
-)
-
-
-class Client:
+class Client(ClientBase):
     """Client of one or more workers that serve the same model.
 
     Connections are opened by the first call. A client may be used by several
@@ -194,38 +75,6 @@ class Client:
     fails as a whole, and :class:`~imagegpt.ClosedError` after :meth:`close`.
     """
 
-    def __init__(
-        self,
-        endpoints: str | Sequence[str] | None = None,
-        *,
-        timeout: float | None = 300.0,
-        digest: str | None = None,
-        tls: bool | None = None,
-        tls_ca: str | os.PathLike[str] | None = None,
-        tls_client_cert: str | os.PathLike[str] | None = None,
-        tls_client_key: str | os.PathLike[str] | None = None,
-        token: str | None = None,
-        token_file: str | os.PathLike[str] | None = None,
-    ) -> None:
-        self._arguments: dict[str, Any] = {
-            "endpoints": endpoints,
-            "timeout": timeout,
-            "digest": digest,
-            "tls": tls,
-            "tls_ca": tls_ca,
-            "tls_client_cert": tls_client_cert,
-            "tls_client_key": tls_client_key,
-            "token": token,
-            "token_file": token_file,
-        }
-        self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._closed = False
-        self._inner: AsyncClient | None = AsyncClient(**self._arguments)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_unpickled, (self._arguments, self._closed))
-
     def __enter__(self) -> Client:
         return self
 
@@ -240,22 +89,9 @@ class Client:
     def close(self) -> None:
         """Closes the connections; calls in progress in other threads fail with
         :class:`~imagegpt.ClosedError`."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._process == os.getpid() and self._inner is not None:
-            _Loop.get().run(self._inner.close())
-
-    def _client(self) -> AsyncClient:
-        if self._closed:
-            raise ClosedError("the client is closed")
-        # Before the parent's connections are dropped, which a process that cannot
-        # use gRPC does not survive.
-        _Loop.get()
-        with self._lock:
-            if self._inner is None or self._process != os.getpid():
-                self._inner, self._process = AsyncClient(**self._arguments), os.getpid()
-            return self._inner
+        inner = self._closing()
+        if inner is not None:
+            GrpcLoop.get().run(inner.close())
 
     def model(self, *, timeout: float | None = None) -> ModelInfo:
         """Returns the model that the workers serve, asked anew.
@@ -266,7 +102,7 @@ class Client:
         Raises:
             ModelMismatchError: The model has another digest than the client's.
         """
-        return _Loop.get().run(self._client().model(timeout=timeout))
+        return GrpcLoop.get().run(self._core().model(timeout=timeout))
 
     @overload
     def embed(
@@ -354,9 +190,9 @@ class Client:
             ImageError: An image failed, with ``on_error="raise"``.
             InvalidRequestError: The model does not have these features.
         """
-        client: Any = self._client()
-        return _Loop.get().run(
-            client.embed(
+        core = self._core()
+        return GrpcLoop.get().run(
+            core.embed(
                 images,
                 layers=layers,
                 pooling=pooling,
@@ -435,9 +271,9 @@ class Client:
             NotFoundError: The worker has no head of this name.
             UnimplementedError: The model cannot classify.
         """
-        client: Any = self._client()
-        return _Loop.get().run(
-            client.classify(
+        core = self._core()
+        return GrpcLoop.get().run(
+            core.classify(
                 images,
                 top_k=top_k,
                 logits=logits,
@@ -507,9 +343,9 @@ class Client:
             ImageError: An image failed, with ``on_error="raise"``.
             UnimplementedError: The model cannot score.
         """
-        client: Any = self._client()
-        return _Loop.get().run(
-            client.score(
+        core = self._core()
+        return GrpcLoop.get().run(
+            core.score(
                 images,
                 map=map,
                 complexity=complexity,
@@ -569,9 +405,9 @@ class Client:
         Raises:
             ImageError: An image failed, with ``on_error="raise"``.
         """
-        client: Any = self._client()
-        return _Loop.get().run(
-            client.tokenize(
+        core = self._core()
+        return GrpcLoop.get().run(
+            core.tokenize(
                 images,
                 fit=fit,
                 alpha=alpha,
@@ -653,9 +489,9 @@ class Client:
             InvalidRequestError: An option is out of bounds.
             UnimplementedError: The model cannot generate.
         """
-        client: Any = self._client()
-        return _Loop.get().run(
-            client.generate(
+        core = self._core()
+        return GrpcLoop.get().run(
+            core.generate(
                 samples=samples,
                 prefix=prefix,
                 temperature=temperature,
@@ -750,9 +586,9 @@ class Client:
             InvalidRequestError: An option is out of bounds.
             UnimplementedError: The model cannot generate.
         """
-        client: Any = self._client()
-        return _Loop.get().run(
-            client.complete(
+        core = self._core()
+        return GrpcLoop.get().run(
+            core.complete(
                 image,
                 rows=rows,
                 mask=mask,
@@ -869,23 +705,27 @@ class Client:
                 came from, or than the client's digest.
             WorkerError: ``items`` of these errors are the ids without an answer.
         """
-        client = self._client()
-        check_on_error(on_error)
-        check_stream_options(window, item_timeout, give_up_after)
-        embed = EmbedOptions.checked(layers, pooling, fit, alpha, context, norm, normalize, dtype)
-        options = StreamOptions(
+        core = self._core()
+        embed, options = core.stream_options(
+            layers=layers,
+            pooling=pooling,
+            fit=fit,
+            alpha=alpha,
+            context=context,
+            norm=norm,
+            normalize=normalize,
+            dtype=dtype,
             window=window,
             item_timeout=item_timeout,
             give_up_after=give_up_after,
             priority=priority,
-            digest=self._arguments["digest"],
-            is_known=client._model is not None,
+            on_error=on_error,
         )
-        return self._stream(client, images, embed, options, ordered, on_error == "raise")
+        return self._stream(core, images, embed, options, ordered, on_error == "raise")
 
     def _stream(
         self,
-        client: AsyncClient,
+        core: ClientCore,
         images: Iterable[Any],
         embed: EmbedOptions,
         options: StreamOptions,
@@ -896,18 +736,16 @@ class Client:
         # What the loop says: an answer, an error, or None when a worker has opened a
         # stream. Bounded by the ledger, since each image has one answer.
         news: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        loop = _Loop.get()
-        stream = EmbedStream(
-            client._connections, embed, options, news.put, news.put, lambda: news.put(None)
-        )
-        loop.loop.call_soon_threadsafe(stream.start)
+        loop = GrpcLoop.get()
+        stream = core.stream(embed, options, news.put, news.put, lambda: news.put(None))
+        loop.soon(stream.start)
         source = iter(images)
         is_done = False
         batch: list[Task] = []
 
         def hand_over() -> None:
             if batch:
-                loop.loop.call_soon_threadsafe(stream.add, batch.copy())
+                loop.soon(stream.add, batch.copy())
                 batch.clear()
 
         def take(is_waiting: bool) -> bool:
@@ -955,10 +793,6 @@ class Client:
                     hand_over()
                     take(is_waiting=True)
         finally:
-            loop.run(stream.close())
-
-
-def _unpickled(arguments: dict[str, Any], is_closed: bool) -> Client:
-    client = Client(**arguments)
-    client._closed = is_closed
-    return client
+            # While the interpreter ends, the loop's thread no longer runs.
+            if not sys.is_finalizing():
+                loop.run(stream.close())

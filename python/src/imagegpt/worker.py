@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from imagegpt.aio import AsyncClient
 from imagegpt.client import Client
+from imagegpt.core import ClientCore
 from imagegpt.errors import UnavailableError, WorkerStartError
 
 __all__ = ["LocalWorker", "find_program"]
@@ -200,14 +200,14 @@ class LocalWorker(Client):
         super().close()
         self._finalizer()
 
-    def _client(self) -> AsyncClient:
+    def _core(self) -> ClientCore:
         # A fork cannot ask for the end of a process that is not its child.
         is_owner = os.getpid() == self._owner
         if not self._closed and is_owner and self._process_handle.poll() is not None:
             text = f"the local worker has ended with exit code {self._process_handle.returncode}"
             last = "; ".join(list(self._log.lines)[-2:])
             raise UnavailableError("UNAVAILABLE", f"{text}: {last}")
-        return super()._client()
+        return super()._core()
 
 
 class _Log:
