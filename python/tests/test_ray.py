@@ -13,14 +13,14 @@ import pytest
 
 pytest.importorskip("ray.data")
 
-import engines_common as common  # noqa: E402
-import pyarrow  # noqa: E402
-import pyarrow.parquet  # noqa: E402
-import ray.cluster_utils  # noqa: E402
-import ray.data  # noqa: E402
+import engines_common as common
+import pyarrow
+import pyarrow.parquet
+import ray.cluster_utils
+import ray.data
 
-import imagegpt.ray  # noqa: E402
-from imagegpt import LocalWorker, ModelMismatchError, UnavailableError  # noqa: E402
+import imagegpt.ray
+from imagegpt import LocalWorker, ModelMismatchError, UnavailableError
 
 pytestmark = pytest.mark.engines
 

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy
 
 from imagegpt.client import Client
-from imagegpt.errors import ImageError, ModelMismatchError, UnavailableError
+from imagegpt.errors import (
+    DeadlineExceededError,
+    ImageError,
+    ModelMismatchError,
+    UnavailableError,
+)
 from imagegpt.options import Alpha, Context, Dtype, EmbedOptions, Fit, Layers, Norm, Pooling
 from imagegpt.stream import check_stream_options
 
@@ -32,10 +37,12 @@ __all__ = [
     "vector_arrays",
 ]
 
-# Bytes of vectors in one batch of output, and its rows: larger batches would not be
-# written faster.
+# Bytes of vectors in one batch of output, and its rows: few enough that a slow model
+# gives a batch out every half minute, and enough that batches cost nothing.
 _CHUNK_BYTES = 16 << 20
-_CHUNK_ROWS = 4096
+_CHUNK_ROWS = 256
+# Shortest and longest time in seconds for one try to reach a worker.
+_TRY_MIN, _TRY_MAX = 0.1, 30.0
 
 
 @dataclass(frozen=True)
@@ -98,18 +105,19 @@ class EmbedJob:
         that a task that begins while workers restart does not fail.
 
         Raises:
-            UnavailableError: No worker answered within ``give_up_after``.
+            UnavailableError, DeadlineExceededError: No worker answered within
+                ``give_up_after``.
         """
         client = Client(**self.client)
         end = time.monotonic() + float(self.stream["give_up_after"])
         while True:
             try:
-                client.model()
+                client.model(timeout=max(_TRY_MIN, min(end - time.monotonic(), _TRY_MAX)))
                 return client
             except ModelMismatchError:
                 # One worker of several may be rolled over; the stream decides.
                 return client
-            except UnavailableError:
+            except (UnavailableError, DeadlineExceededError):
                 if time.monotonic() >= end:
                     client.close()
                     raise
