@@ -19,6 +19,7 @@ import pyarrow.parquet
 import ray.cluster_utils
 import ray.data
 
+import imagegpt.calls
 import imagegpt.ray
 from imagegpt import LocalWorker, ModelMismatchError, UnavailableError
 
@@ -94,7 +95,8 @@ def test_pixels_paths_and_other_columns(cluster: Any, worker: LocalWorker, tmp_p
     pixels = numpy.random.default_rng(1).integers(0, 256, (5, 16, 16, 3), numpy.uint8)
     expected = worker.embed(list(pixels))
     ds = ray.data.from_numpy(pixels)
-    ours = arrow(imagegpt.ray.embed(ds, worker.endpoint, image_column="data"))
+    vectors = imagegpt.ray.embed(ds, worker.endpoint, image_column="data", concurrency=(1, 2))
+    ours = arrow(vectors)
     assert ours.column_names == ["embedding", "error_code", "error"]
     found = numpy.stack(ours["embedding"].to_numpy())
     assert sorted(found.tolist()) == sorted(expected.tolist())
@@ -129,7 +131,7 @@ def test_an_own_pipeline(cluster: Any, worker: LocalWorker) -> None:
         fn_constructor_args=(job,),
         batch_format="pyarrow",
         batch_size=2,
-        concurrency=1,
+        compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=0,
     )
     assert arrow(vectors).column_names == ["embedding_0", "embedding_6", "error_code", "error"]
@@ -160,7 +162,8 @@ def chain(error: BaseException | None) -> str:
     return "\n".join(texts)
 
 
-def test_no_worker_is_an_error_of_ours(cluster: Any) -> None:
+def test_no_worker_is_an_error_of_ours(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imagegpt.calls, "UNAVAILABLE_PATIENCE", 1.0)
     ds = ray.data.from_items([{"image": b"x"}])
     with pytest.raises(UnavailableError, match=r"http://127\.0\.0\.1:9"):
         imagegpt.ray.embed(ds, "127.0.0.1:9")

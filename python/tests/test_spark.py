@@ -19,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 from pyspark.sql import DataFrame, SparkSession
 
+import imagegpt.calls
 import imagegpt.spark
 from imagegpt import LocalWorker, ModelMismatchError, UnavailableError
 
@@ -41,6 +42,7 @@ def spark() -> Iterator[SparkSession]:
         .config("spark.executor.memory", "512m")
         .config("spark.executorEnv.PYTHONPATH", os.environ["PYTHONPATH"])
         .config("spark.executorEnv.PYTHONDONTWRITEBYTECODE", "1")
+        .config("spark.task.maxFailures", "3")
         .config("spark.sql.shuffle.partitions", "4")
         .config("spark.sql.files.maxPartitionBytes", "32k")
         .config("spark.sql.files.openCostInBytes", "0")
@@ -124,10 +126,11 @@ def test_tokens_and_empty_tables(spark: SparkSession, worker: LocalWorker) -> No
     assert none.count() == 0
 
 
-def test_a_limit_ends_the_streams(spark: SparkSession, worker: LocalWorker) -> None:
-    df = table_of(spark, common.many_pictures(600)).coalesce(1)
-    vectors = imagegpt.spark.embed(df, worker.endpoint, image_column="image")
-    assert len(vectors.take(3)) == 3
+def test_a_limit_ends_the_streams(spark: SparkSession) -> None:
+    with common.worker(fake_engine="1ms") as fake:
+        df = table_of(spark, common.many_pictures(600)).coalesce(1)
+        vectors = imagegpt.spark.embed(df, fake.endpoint, image_column="image")
+        assert len(vectors.take(3)) == 3
 
 
 def table_of(spark: SparkSession, files: list[bytes]) -> DataFrame:
@@ -151,7 +154,10 @@ def test_wrong_columns_and_options_are_found_without_a_job(
             imagegpt.spark.embed(df, worker.endpoint, **options)  # type: ignore[arg-type]
 
 
-def test_no_worker_is_an_error_of_ours(spark: SparkSession) -> None:
+def test_no_worker_is_an_error_of_ours(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imagegpt.calls, "UNAVAILABLE_PATIENCE", 1.0)
     df = table_of(spark, [b"x"])
     with pytest.raises(UnavailableError, match=r"http://127\.0\.0\.1:9"):
         imagegpt.spark.embed(df, "127.0.0.1:9", image_column="image")
