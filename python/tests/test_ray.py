@@ -35,9 +35,11 @@ def cluster() -> Iterator[Any]:
     started = ray.cluster_utils.Cluster(
         initialize_head=True, head_node_args={**node, "include_dashboard": False}
     )
+    # Before there is another node, since this program must not depend on one that a
+    # test takes away.
+    ray.init(address=started.address, log_to_driver=False, logging_level="ERROR")
     started.add_node(**node)
     started.wait_for_nodes(common.PATIENCE)
-    ray.init(address=started.address, log_to_driver=False, logging_level="ERROR")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     yield started

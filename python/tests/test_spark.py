@@ -103,6 +103,8 @@ def test_binary_files(spark: SparkSession, worker: LocalWorker, tmp_path: Path) 
     expected = ["path", "modificationTime", "length", "embedding", "error_code", "error"]
     assert ours.column_names == expected
     assert ours["error_code"].to_pylist() == [None] * 6 + ["INVALID_ARGUMENT"]
+    kept = expected[:3]
+    assert ours.select(kept) == df.select(kept).toArrow().sort_by("path")
     vectors = numpy.array(ours["embedding"].to_pylist()[:6], numpy.float32)
     assert numpy.array_equal(vectors, worker.embed(files))
     # The column of paths, as URLs, gives the same vectors.

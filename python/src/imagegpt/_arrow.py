@@ -8,7 +8,7 @@ import urllib.parse
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy
@@ -50,7 +50,8 @@ class EmbedJob:
     """What each task of a job has to do; may be pickled."""
 
     #: Arguments of the task's :class:`~imagegpt.Client`, with the model's digest.
-    client: Mapping[str, Any]
+    #: Not shown, since a token may be among them.
+    client: Mapping[str, Any] = field(repr=False)
     #: Arguments of :meth:`~imagegpt.Client.embed_stream`.
     stream: Mapping[str, Any]
     image_column: str
