@@ -218,10 +218,14 @@ def disturbed(endpoint: str, many: Path, disturb: Any) -> pyarrow.Table:
     """Embeds the rows, and calls ``disturb`` when the first of them are there."""
     vectors = imagegpt.ray.embed(ray.data.read_parquet(str(many)), endpoint, batch_size=8)
     tables: list[pyarrow.Table] = []
-    for table in vectors.iter_batches(batch_size=None, batch_format="pyarrow"):
-        tables.append(table)
-        if len(tables) == 1:
-            disturb()
+
+    def read() -> None:
+        for table in vectors.iter_batches(batch_size=None, batch_format="pyarrow"):
+            tables.append(table)
+            if len(tables) == 1:
+                disturb()
+
+    common.within(common.JOB_PATIENCE, read)
     assert len(tables) > 4
     return pyarrow.concat_tables(tables)
 

@@ -230,7 +230,7 @@ def disturbed(
     assert not failures
     assert ended() < 4
     disturb()
-    job.join(2 * common.PATIENCE)
+    job.join(common.JOB_PATIENCE)
     assert not job.is_alive()
     assert not failures
     return pyarrow.parquet.read_table(output)
