@@ -10,11 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import PIL.Image
@@ -30,6 +31,9 @@ EMOJI = ROOT / "models" / "emoji"
 SOURCE = ROOT / "python" / "src"
 # Longest wait in seconds for anything that a test waits for.
 PATIENCE = 60.0
+# Longest time for a job that is disturbed, on a machine that does other things too.
+JOB_PATIENCE = 180.0
+T = TypeVar("T")
 STRUCT = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
 
 
@@ -186,6 +190,26 @@ def wait_for(condition: Callable[[], bool], text: str) -> None:
     while not condition():
         assert time.monotonic() < end, f"not within {PATIENCE:.0f} s: {text}"
         time.sleep(0.02)
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """Returns what the work returns, and fails if it takes longer."""
+    found: list[T] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), f"not done within {seconds:.0f} s"
+    if failures:
+        raise failures[0]
+    return found[0]
 
 
 def prepare_environment() -> None:

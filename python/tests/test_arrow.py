@@ -204,6 +204,7 @@ def test_wrong_options_are_found_before_a_worker_is_called() -> None:
             prepared("127.0.0.1:1", image_column="image", **options)  # type: ignore[arg-type]
 
 
-def test_a_job_may_be_pickled() -> None:
-    job = a_job(client={"endpoints": ["a:1"], "digest": "sha256:0"})
+def test_a_job_may_be_pickled_and_does_not_show_its_token() -> None:
+    job = a_job(client={"endpoints": ["a:1"], "token": "secret"})
     assert pickle.loads(pickle.dumps(job)) == job
+    assert "secret" not in repr(job)

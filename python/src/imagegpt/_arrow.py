@@ -8,13 +8,18 @@ import urllib.parse
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy
 
 from imagegpt.client import Client
-from imagegpt.errors import ImageError, ModelMismatchError, UnavailableError
+from imagegpt.errors import (
+    DeadlineExceededError,
+    ImageError,
+    ModelMismatchError,
+    UnavailableError,
+)
 from imagegpt.options import Alpha, Context, Dtype, EmbedOptions, Fit, Layers, Norm, Pooling
 from imagegpt.stream import check_stream_options
 
@@ -32,10 +37,12 @@ __all__ = [
     "vector_arrays",
 ]
 
-# Bytes of vectors in one batch of output, and its rows: larger batches would not be
-# written faster.
+# Bytes of vectors in one batch of output, and its rows: few enough that a slow model
+# gives a batch out every half minute, and enough that batches cost nothing.
 _CHUNK_BYTES = 16 << 20
-_CHUNK_ROWS = 4096
+_CHUNK_ROWS = 256
+# Shortest and longest time in seconds for one try to reach a worker.
+_TRY_MIN, _TRY_MAX = 0.1, 30.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class EmbedJob:
     """What each task of a job has to do; may be pickled."""
 
     #: Arguments of the task's :class:`~imagegpt.Client`, with the model's digest.
-    client: Mapping[str, Any]
+    #: Not shown, since a token may be among them.
+    client: Mapping[str, Any] = field(repr=False)
     #: Arguments of :meth:`~imagegpt.Client.embed_stream`.
     stream: Mapping[str, Any]
     image_column: str
@@ -98,18 +106,19 @@ class EmbedJob:
         that a task that begins while workers restart does not fail.
 
         Raises:
-            UnavailableError: No worker answered within ``give_up_after``.
+            UnavailableError, DeadlineExceededError: No worker answered within
+                ``give_up_after``.
         """
         client = Client(**self.client)
         end = time.monotonic() + float(self.stream["give_up_after"])
         while True:
             try:
-                client.model()
+                client.model(timeout=max(_TRY_MIN, min(end - time.monotonic(), _TRY_MAX)))
                 return client
             except ModelMismatchError:
                 # One worker of several may be rolled over; the stream decides.
                 return client
-            except UnavailableError:
+            except (UnavailableError, DeadlineExceededError):
                 if time.monotonic() >= end:
                     client.close()
                     raise

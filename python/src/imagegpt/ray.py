@@ -116,7 +116,7 @@ def embed(
         batch_format="pyarrow",
         zero_copy_batch=True,
         udf_modifying_row_count=False,
-        concurrency=concurrency,
+        compute=_actors(concurrency),
         num_cpus=num_cpus,
         max_restarts=-1,
         max_task_retries=_TASK_RETRIES,
@@ -162,6 +162,13 @@ def checked_batch_size(job: EmbedJob, batch_size: int | None) -> int:
     return batch_size
 
 
+def _actors(concurrency: int | tuple[int, int]) -> ray.data.ActorPoolStrategy:
+    if isinstance(concurrency, int):
+        return ray.data.ActorPoolStrategy(size=concurrency)
+    smallest, largest = concurrency
+    return ray.data.ActorPoolStrategy(min_size=smallest, max_size=largest)
+
+
 class Embedder:
     """Callable class for ``map_batches``, in pipelines of their own.
 
@@ -174,7 +181,7 @@ class Embedder:
             fn_constructor_args=(job,),
             batch_format="pyarrow",
             batch_size=256,
-            concurrency=2,
+            compute=ray.data.ActorPoolStrategy(size=2),
         )
 
     Args:
