@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from imagegpt import LocalWorker
 
 ROOT = Path(__file__).parents[2]
