@@ -62,7 +62,7 @@ def test_answers_are_bounded_too() -> None:
 def test_no_images_give_an_empty_array_of_the_right_shape() -> None:
     with FakeWorker() as worker, Client(worker.endpoint) as client:
         assert client.embed([]).shape == (0, 4)
-        assert client.embed([], layers="all").shape == (0, 3, 4)
+        assert client.embed([], layers="all").shape == (0, 2, 4)
         assert client.embed([], dtype="f16").dtype == numpy.float16
 
 

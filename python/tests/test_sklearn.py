@@ -248,6 +248,7 @@ def test_vectors_become_a_data_frame_with_names(paths: list[str]) -> None:
     assert frame.shape == (45, 192)
 
 
+@pytest.mark.slow
 def test_searches_share_one_worker(
     emoji_worker: LocalWorker, paths: list[str], classes: list[str]
 ) -> None:
@@ -259,6 +260,7 @@ def test_searches_share_one_worker(
     assert shared_worker(MODEL, FLAGS, 2) is emoji_worker
 
 
+@pytest.mark.slow
 def test_a_later_layer_replaces_the_worker(paths: list[str]) -> None:
     first = shared_worker(MODEL, {"model_name": "shared"}, 1)
     assert 2 not in first.model().layers_served
@@ -272,6 +274,7 @@ def test_a_later_layer_replaces_the_worker(paths: list[str]) -> None:
     assert third.embed(paths[:1]).shape == (1, 192)
 
 
+@pytest.mark.slow
 def test_processes_of_cross_validation_have_workers_of_their_own(
     emoji_worker: LocalWorker, paths: list[str], classes: list[str]
 ) -> None:
@@ -302,6 +305,7 @@ def test_a_fork_starts_a_worker_of_its_own(
     assert emoji_worker.embed(paths[:1]).shape == (1, 192)
 
 
+@pytest.mark.slow
 def test_the_worker_ends_with_the_process(paths: list[str]) -> None:
     program = (
         "import sys; from imagegpt.sklearn import Features; from imagegpt.shared import _shared\n"
@@ -496,6 +500,7 @@ def test_the_file_says_how_features_were_made(
     assert os.listdir(tmp_path) == ["head"]
 
 
+@pytest.mark.slow
 def test_the_best_of_a_search_is_exported(
     tmp_path: Path, paths: list[str], classes: list[str]
 ) -> None:
@@ -630,6 +635,7 @@ def test_a_file_that_differs_from_its_estimator_is_never_written(
     assert os.listdir(tmp_path) == ["h"]
 
 
+@pytest.mark.slow
 def test_served_heads_classify_as_their_classifiers(
     tmp_path: Path, paths: list[str], classes: list[str], vectors: Any
 ) -> None:

@@ -92,6 +92,18 @@ def test_embed_is_the_stubs_bit_for_bit(
     assert numpy.stack(vectors).tobytes() == got.tobytes()
 
 
+def test_all_layers_are_those_of_one_run(models: Path, pictures: list[Path]) -> None:
+    # Without a flag the feature layer is 6, and the last one, 8, is of another run.
+    with LocalWorker(models / "emoji") as worker:
+        assert worker.model().layers_served == (0, 1, 2, 3, 4, 5, 6, 8)
+        got = worker.embed(pictures[:2], layers="all")
+        assert got.shape == (2, 7, 192)
+        assert got[:, 6].tobytes() == worker.embed(pictures[:2]).tobytes()
+        assert worker.embed(pictures[:2], layers=8).shape == (2, 192)
+        streamed = worker.embed_stream(pictures[:2], layers="all", on_error="raise")
+        assert {vectors.shape for _, vectors in streamed} == {(7, 192)}
+
+
 def test_half_precision_contexts_norms_and_poolings_are_the_stubs(
     emoji: LocalWorker, stub: Any, images: list[pb.Image], pictures: list[Path]
 ) -> None:

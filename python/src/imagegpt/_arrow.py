@@ -207,7 +207,7 @@ def prepared(
     with Client(**arguments) as workers:
         model = workers.model()
         # The numbers of "all", so that all tasks have the same layers.
-        numbers = options.numbers(model.layers_served)
+        numbers = options.numbers(model)
         features["layers"] = numbers if options.has_layer_axis else layers
         blank = numpy.zeros(model.positions, numpy.int64)
         workers.embed([blank], **features)

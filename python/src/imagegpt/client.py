@@ -161,7 +161,7 @@ class Client(ClientBase):
         Args:
             images: Images in any form of :data:`~imagegpt.ImageInput`, n of them.
             layers: Layer whose features are returned, or several layers of one run
-                in ascending order, or ``"all"`` that the model serves. Default: the
+                in ascending order, or ``"all"`` up to ``layer_default``. Default: the
                 model's ``layer_default``.
             pooling: ``"mean"`` over all positions, the state of the ``"last"``
                 position, or ``"none"``: the states of all positions. The last two

@@ -196,7 +196,7 @@ class ClientCore:
         options = EmbedOptions.checked(layers, pooling, fit, alpha, context, norm, normalize, dtype)
         given = self._checked(images, on_error)
         model = await self._known_model()
-        template = options.request(model.layers_served)
+        template = options.request(model)
         n_vectors = model.positions if pooling == "none" else max(1, len(template.layers))
         outcomes = await self._in_requests(
             given,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from imagegpt.v1 import imagegpt_pb2 as pb
 
@@ -85,6 +85,19 @@ def whole_number(option: str, value: object, minimum: int, maximum: int = (1 << 
     return number
 
 
+class ServedLayers(Protocol):
+    """A model, as far as its layers: a message of the contract, or
+    :class:`imagegpt.ModelInfo`."""
+
+    @property
+    def layers_served(self) -> Sequence[int]:
+        """Layers that can be asked for, in ascending order."""
+
+    @property
+    def layer_default(self) -> int:
+        """Layer of a request that names none."""
+
+
 @dataclass(frozen=True)
 class EmbedOptions:
     """Options of Embed and EmbedStream, checked before anything is sent."""
@@ -144,13 +157,15 @@ class EmbedOptions:
             dtype=dtype,
         )
 
-    def numbers(self, layers_served: Sequence[int]) -> list[int]:
-        """Returns the layers as the contract has them; empty for the default."""
+    def numbers(self, model: ServedLayers) -> list[int]:
+        """Returns the layers as the contract has them; empty for the default. All
+        layers are those up to the default one, which the model computes in one run;
+        the last layer may come from another."""
         if self.layers == "all":
-            return list(layers_served)
+            return [layer for layer in model.layers_served if layer <= model.layer_default]
         return list(self.layers or ())
 
-    def request(self, layers_served: Sequence[int]) -> pb.EmbedRequest:
+    def request(self, model: ServedLayers) -> pb.EmbedRequest:
         """Returns a request of these options, without images."""
         return pb.EmbedRequest(
             preprocess=self.preprocess,
@@ -158,11 +173,11 @@ class EmbedOptions:
             pooling=POOLINGS[self.pooling],
             normalize=self.normalize,
             dtype=DTYPES[self.dtype],
-            layers=self.numbers(layers_served),
+            layers=self.numbers(model),
             norm=NORMS[self.norm],
         )
 
-    def opening(self, layers_served: Sequence[int], window: int) -> pb.EmbedStreamOptions:
+    def opening(self, model: ServedLayers, window: int) -> pb.EmbedStreamOptions:
         """Returns the opening of a stream of these options."""
         return pb.EmbedStreamOptions(
             preprocess=self.preprocess,
@@ -170,7 +185,7 @@ class EmbedOptions:
             pooling=POOLINGS[self.pooling],
             normalize=self.normalize,
             dtype=DTYPES[self.dtype],
-            layers=self.numbers(layers_served),
+            layers=self.numbers(model),
             norm=NORMS[self.norm],
             order=pb.ORDER_AS_DONE,
             window=window,

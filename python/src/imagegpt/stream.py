@@ -520,7 +520,7 @@ class EmbedStream:
             metadata += (("imagegpt-priority", self._options.priority),)
         call = stub.GetModel(pb.GetModelRequest(), metadata=metadata, timeout=HELLO_TIMEOUT)
         model = await call
-        wanted = self._embed.opening(model.layers_served, self._options.window)
+        wanted = self._embed.opening(model, self._options.window)
         # Items are serialized already.
         method: Any = channel.stream_stream(
             "/imagegpt.v1.ImageGptService/EmbedStream",
