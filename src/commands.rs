@@ -9,6 +9,7 @@ pub mod bench;
 mod classify;
 pub mod cli;
 pub mod compile;
+pub mod completions;
 mod contact_sheet;
 pub mod doctor;
 pub mod embed;

@@ -14,7 +14,7 @@ use imagegpt::commands::print::{Printer, Unread};
 use imagegpt::commands::probe::flags::ProbeCommand;
 use imagegpt::commands::serve::{OwnWorker, is_ready, start};
 use imagegpt::commands::{
-    self, CommandOutcome, ImageCommand, bench, compile, doctor, embed, probe,
+    self, CommandOutcome, ImageCommand, bench, compile, completions, doctor, embed, probe,
 };
 use imagegpt::serve::config::{NetworkConfig, ServeConfig};
 use imagegpt::serve::devices::{FailureKind, WorkerFailure};
@@ -47,6 +47,8 @@ fn main() {
         CliCommand::Probe(command) => run_probe(&command),
         CliCommand::Bench(args) => run_bench(&args),
         CliCommand::Doctor(args) => diagnose(&args),
+        CliCommand::Completions(args) => to_stdout(|out| completions::run(&args, out)),
+        CliCommand::Man(args) => to_stdout(|out| completions::man(&args, out)),
     };
     // All output has been written, and its errors reported: every line is
     // written as soon as it ends.

@@ -274,8 +274,10 @@ def test_a_process_that_is_forked_during_a_call_says_so(
             os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as answer:
-        assert answer.read() == "ForkError"
-    os.waitpid(child, 0)
+        said = answer.read()
+    _, status = os.waitpid(child, 0)
+    # gRPC's own handlers of forks may end the child before it does anything.
+    assert said == "ForkError" or os.WIFSIGNALED(status)
     assert len(list(stream)) == len(pictures) - 1
     client.close()
 

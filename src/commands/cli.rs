@@ -8,6 +8,7 @@ use clap::{ArgAction, Command, CommandFactory as _, FromArgMatches as _, Parser,
 use crate::commands::ImageCommand;
 use crate::commands::bench::flags::BenchArgs;
 use crate::commands::compile::{CompileArgs, InspectArgs};
+use crate::commands::completions::{CompletionsArgs, ManArgs};
 use crate::commands::doctor::DoctorArgs;
 use crate::commands::embed::flags::EmbedArgs;
 use crate::commands::probe::flags::ProbeCommand;
@@ -142,4 +143,13 @@ pub enum CliCommand {
     /// worker can serve with the given flags, 1 if not, 2 if the flags are
     /// wrong.
     Doctor(DoctorArgs),
+    /// Print a script that completes commands, flags and values in a shell
+    ///
+    /// For bash: `eval "$(imagegpt completions bash)"`, or the script as a file
+    /// in ~/.local/share/bash-completion/completions/imagegpt. For zsh: the
+    /// script as a file _imagegpt in a directory of $fpath. For fish: the
+    /// script as ~/.config/fish/completions/imagegpt.fish.
+    Completions(CompletionsArgs),
+    /// Write the manual pages: one page per command, for `man`
+    Man(ManArgs),
 }
