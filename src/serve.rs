@@ -13,6 +13,7 @@ pub mod engines;
 pub(crate) mod error;
 pub(crate) mod generate;
 pub(crate) mod handoff;
+pub mod heads;
 pub(crate) mod http;
 pub(crate) mod job;
 pub mod metrics;

@@ -18,6 +18,7 @@ use crate::model::{Model, ModelNeed};
 use crate::runtime::Runtime;
 use crate::serve::config::{ModelConfig, ServeConfig};
 use crate::serve::engines::engines;
+use crate::serve::heads;
 use crate::serve::rpc;
 use crate::serve::worker::Worker;
 
@@ -203,9 +204,14 @@ pub(crate) fn open_model(config: &ServeConfig) -> anyhow::Result<(Model, Vec<Lin
     let name = name(&config.model, &folder);
     let mut model = Model::open(&folder, name.as_deref())?;
     let heads = config.model.heads.iter().map(LinearHead::open);
-    let heads = heads.collect::<Result<Vec<_>, _>>()?;
+    let mut heads = heads.collect::<Result<Vec<_>, _>>()?;
     for head in &heads {
         head.check(&model)?;
+    }
+    if let Some(dir) = &config.model.head_dir {
+        let of_dir = heads::read_dir(dir, &config.model.heads, &model);
+        let of_dir = of_dir.with_context(|| format!("--head-dir {}", dir.display()))?;
+        heads.extend(of_dir);
     }
     if let Some(needs) = &config.model.needs {
         let of_heads = heads.iter().map(|head| ModelNeed::Features {

@@ -8,6 +8,7 @@ pub(crate) mod bounds;
 mod runtime;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -82,6 +83,13 @@ pub struct ModelConfig {
         value_delimiter = ','
     )]
     pub heads: Vec<HeadFlag>,
+
+    /// Directory whose files NAME.safetensors are linear heads too, each under
+    /// its NAME. A file that is added, replaced or removed takes effect within
+    /// about two seconds, without a restart; a file that cannot be used is
+    /// logged, and the head before it stays in service
+    #[arg(long, env = "IMAGEGPT_HEAD_DIR", value_name = "DIR")]
+    pub head_dir: Option<PathBuf>,
 
     /// Name of the model that clients see [default: the name of the directory,
     /// or of the source that was compiled]
@@ -664,10 +672,10 @@ impl ServeConfig {
 impl ModelConfig {
     fn validate(&self) -> Result<(), ConfigError> {
         let heads = &self.heads;
-        if self.fake_engine.is_some() && !heads.is_empty() {
+        if self.fake_engine.is_some() && (!heads.is_empty() || self.head_dir.is_some()) {
             return Err(ConfigError(
-                "--fake-engine has no features that a --head could score; remove one of the two \
-                 flags"
+                "--fake-engine has no features that a --head or a head of --head-dir could score; \
+                 remove one of the flags"
                     .to_owned(),
             ));
         }

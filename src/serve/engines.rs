@@ -117,8 +117,11 @@ fn onnx_options(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> on
         n_colors: model.clusters.len(),
         sizes_are_given: model.sizes_are_given,
         n_labels: model.labels.len(),
+        // A head of --head-dir that does not fit is taken out later, and does not
+        // end the start.
         head_widths: heads
             .iter()
+            .filter(|head| config.model.heads.iter().any(|flag| flag.name == head.name))
             .map(|head| (head.content.width(), head.name.clone()))
             .collect(),
         compiled_for: model.compiled.map(|compiled| compiled.provider),

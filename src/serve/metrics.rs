@@ -25,7 +25,7 @@ use metrics_exporter_prometheus::{
 use self::handles::{EngineHandles, RequestHandles, WorkerHandles};
 #[cfg(test)]
 pub(crate) use self::labels::is_counted;
-pub use self::labels::{AccessFile, BatchClose, ConnectionOutcome, EngineFault};
+pub use self::labels::{BatchClose, ConnectionOutcome, EngineFault, ReloadedFile};
 use self::labels::{CacheLookup, CanaryResult, DropReason};
 use self::registry::Registry;
 pub use self::registry::{MetricDefinition, MetricKind};

@@ -46,7 +46,6 @@ use self::outcome_tally::OutcomeTally;
 use crate::engine::EngineFacts;
 use crate::imaging::{ImageRequest, PreprocessOptions};
 use crate::model::graph::Want;
-use crate::model::head::LinearHead;
 use crate::model::{CallTask, Model};
 use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use crate::proto::pb::image_gpt_service_server::{ImageGptService, ImageGptServiceServer};
@@ -55,6 +54,7 @@ use crate::serve::admission::{Admission, AdmissionCall, Bytes, PendingAnswers};
 use crate::serve::capacity::CapacityShare;
 use crate::serve::config::{ConnectionsConfig, LimitsConfig};
 use crate::serve::error::StageError;
+use crate::serve::heads::ServedHeads;
 use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::metrics::Metrics;
 use crate::serve::readiness::{Readiness, Unready};
@@ -68,7 +68,7 @@ pub(crate) use self::observe::CallsInProgress;
 #[derive(Debug)]
 pub(crate) struct WorkerService {
     pub model: Arc<Model>,
-    pub heads: Vec<LinearHead>,
+    pub heads: ServedHeads,
     pub admission: Admission,
     pub readiness: Readiness,
     pub limits: LimitsConfig,
@@ -387,7 +387,8 @@ impl WorkerService {
     ) -> Result<(pb::ClassifyResponse, AnswerBytes), RequestError> {
         let facts = self.facts()?;
         let (_, extensions, request) = request.into_parts();
-        let head = heads::named(&self.heads, &request.head, &self.model)?;
+        let head = heads::named(&self.heads.get(), &request.head, &self.model)?;
+        let head = head.as_deref();
         let preprocess = heads::preprocess(head, request.preprocess.as_ref())?;
         let (work, context) = if let Some(head) = head {
             let work = heads::work(head, request.context, &self.model)?;
@@ -497,6 +498,7 @@ impl WorkerService {
         let generate_slots = facts.sequences.map_or(0, |sequences| sequences.n_slots);
         let devices = self.readiness.devices();
         let device = |device| convert::device(device, self.gpus.get());
+        let heads = self.heads.get();
         let devices = devices.iter().map(device).collect();
         Ok(pb::GetModelResponse {
             name: model.name.clone(),
@@ -504,7 +506,7 @@ impl WorkerService {
             tasks: tasks
                 .into_iter()
                 .filter(|&(task, _)| match task {
-                    CallTask::Classify => model.can(task) || !self.heads.is_empty(),
+                    CallTask::Classify => model.can(task) || !heads.is_empty(),
                     CallTask::Generate => generate_slots > 0,
                     CallTask::Embed | CallTask::Score => model.can(task),
                 })
@@ -544,11 +546,11 @@ impl WorkerService {
                 .compiled
                 .map(|compiled| compiled.precision.name().to_owned())
                 .unwrap_or_default(),
-            heads: self.heads.iter().map(heads::info).collect(),
+            heads: heads.iter().map(|head| heads::info(head)).collect(),
             fallbacks: facts.fallbacks.iter().map(convert::fallback).collect(),
             devices,
             weights_digest: model.weights_digest.clone(),
-            head_default: heads::named(&self.heads, "", model)
+            head_default: heads::named(&heads, "", model)
                 .ok()
                 .flatten()
                 .map(|head| head.name.clone())

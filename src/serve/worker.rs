@@ -33,6 +33,7 @@ use crate::serve::devices::{
 };
 use crate::serve::engine_thread::Runner;
 use crate::serve::engines::to_usize;
+use crate::serve::heads::{self, HeadFollower};
 use crate::serve::http::PageSources;
 use crate::serve::metrics::Metrics;
 use crate::serve::preprocess::queue::{QueueEntrance, ThreadReach};
@@ -251,7 +252,7 @@ impl Worker {
         let max_batch_size = u16::try_from(largest).unwrap_or(u16::MAX);
         let model = Arc::new(model);
         let gpus = gpu::KnownGpus::default();
-        let side_tasks = vec![
+        let mut side_tasks = vec![
             tokio::spawn(watch_gpus(
                 stages.devices.clone(),
                 config.model.devices.ids.clone(),
@@ -267,6 +268,9 @@ impl Worker {
                 started,
             )),
         ];
+        let (heads, follower) = heads::serve(heads, &config.model, &model);
+        let follow = |follower| follow_heads(follower, stages.devices.clone(), metrics.clone());
+        side_tasks.extend(follower.map(|follower| tokio::spawn(follow(follower))));
         let service = rpc::WorkerService {
             heads,
             model,
@@ -469,6 +473,18 @@ async fn loaded(mut devices: watch::Receiver<DeviceStates>) -> Option<(EngineFac
     match devices.state() {
         WorkerState::Ready(facts) => Some((facts, devices.n_serving())),
         _ => None,
+    }
+}
+
+/// Follows `--head-dir` once the model is loaded, whose features the heads must
+/// fit.
+async fn follow_heads(
+    follower: HeadFollower,
+    devices: watch::Receiver<DeviceStates>,
+    metrics: Metrics,
+) {
+    if let Some((facts, _)) = loaded(devices).await {
+        follower.run(facts.dimension, metrics).await;
     }
 }
 

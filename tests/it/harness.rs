@@ -21,6 +21,7 @@ use imagegpt::runtime::library::find_library;
 use imagegpt::serve::config::ServeConfig;
 use imagegpt::serve::devices::DeviceEngine;
 use imagegpt::serve::engines::onnx_engines;
+use imagegpt::serve::heads;
 use imagegpt::serve::worker::{Worker, WorkerEnded};
 use serde::Deserialize;
 use tonic::transport::Channel;
@@ -207,12 +208,12 @@ pub(crate) async fn start(
 ) -> Running {
     let config = config(dir, flags);
     let model = Model::open(dir, None).expect("a model");
-    let heads: Vec<LinearHead> = config
-        .model
-        .heads
-        .iter()
-        .map(|flag| LinearHead::open(flag).expect("a head"))
-        .collect();
+    let flags = &config.model.heads;
+    let heads = flags.iter().map(LinearHead::open);
+    let mut heads: Vec<LinearHead> = heads.collect::<Result<_, _>>().expect("heads");
+    if let Some(dir) = &config.model.head_dir {
+        heads.extend(heads::read_dir(dir, flags, &model).expect("a directory"));
+    }
     let engines = match factory {
         Some(factory) => {
             let id = config.model.devices.ids[0];

@@ -468,3 +468,135 @@ fn a_head_is_for_the_weights_it_was_trained_on() {
         }
     }
 }
+
+/// Names and layers of the heads that the worker has now.
+async fn names(running: &Running) -> Vec<String> {
+    let info = running
+        .client
+        .clone()
+        .get_model(pb::GetModelRequest {})
+        .await;
+    let info = info.expect("a model").into_inner();
+    info.heads.into_iter().map(|head| head.name).collect()
+}
+
+/// Waits until that many heads of the directory were reloaded.
+async fn until_reloaded(running: &Running, n: f64) {
+    let series = "imagegpt_reloads_total{file=\"heads\"}";
+    harness::until_sample(&running.worker, series, |found| found == n).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn heads_of_a_directory_follow_its_files() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let output = micro(folder.path());
+    let dir = folder.path().join("heads");
+    std::fs::create_dir(&dir).expect("a directory");
+    let put = |name: &str, bytes: &[u8]| {
+        // As a program does that replaces a file.
+        let part = dir.join(".part");
+        std::fs::write(&part, bytes).expect("written");
+        std::fs::rename(part, dir.join(name)).expect("renamed");
+    };
+    let content = |head: &HeadFile| {
+        let file = folder.path().join("one.safetensors");
+        head.write(&file).expect("written");
+        std::fs::read(file).expect("a head")
+    };
+    let raised = |bias: f32| HeadFile {
+        bias: vec![bias, 0.0],
+        ..plain()
+    };
+    put("b.safetensors", &content(&plain()));
+    // A file that cannot be used does not end the start.
+    put("broken.safetensors", b"nothing");
+    put("notes.txt", b"no head");
+    let fixed = write(folder.path(), "fixed", &plain());
+    let flags = [
+        ["--head", &fixed],
+        ["--head-dir", text(&dir)],
+        ["--max-batch-size", "1"],
+    ]
+    .concat();
+    let running = harness::start(&output, &flags, None).await;
+    assert_eq!(names(&running).await, ["fixed", "b"]);
+    let failed = "imagegpt_reload_failed{file=\"heads\"}";
+    harness::until_sample(&running.worker, failed, |n| n == 1.0).await;
+
+    let ask = async |head| {
+        let call = call(head, pb::Fit::Unspecified, pb::Alpha::Unspecified);
+        classify(&running, call).await.0
+    };
+    let before = ask("b").await;
+    assert_eq!(before, ask("fixed").await);
+    // Added, replaced and mended.
+    put("a.safetensors", &content(&raised(2.5)));
+    until_reloaded(&running, 1.0).await;
+    assert_eq!(names(&running).await, ["fixed", "a", "b"]);
+    assert!((ask("a").await[0] - before[0] - 2.0).abs() < 1e-5);
+    put("b.safetensors", &content(&raised(1.5)));
+    put("broken.safetensors", &content(&raised(9.5)));
+    until_reloaded(&running, 3.0).await;
+    assert!((ask("b").await[0] - before[0] - 1.0).abs() < 1e-5);
+    assert!((ask("broken").await[0] - before[0] - 9.0).abs() < 1e-5);
+    harness::until_sample(&running.worker, failed, |n| n == 0.0).await;
+
+    // What cannot be used leaves the head before in service: a damaged file, a
+    // layer that is not served, another width, the name of a flag's head.
+    let narrow = HeadFile {
+        weight: ndarray::Array2::zeros((2, 15)),
+        ..plain()
+    };
+    let later = HeadFile {
+        layer: 7,
+        ..plain()
+    };
+    put("a.safetensors", b"damaged");
+    put("b.safetensors", &content(&narrow));
+    put("c.safetensors", &content(&later));
+    put("fixed.safetensors", &content(&raised(5.5)));
+    harness::until_sample(&running.worker, failed, |n| n == 1.0).await;
+    // A good file beside them shows that they have been looked at.
+    put("d.safetensors", &content(&plain()));
+    until_reloaded(&running, 4.0).await;
+    assert_eq!(names(&running).await, ["fixed", "a", "b", "broken", "d"]);
+    assert!((ask("a").await[0] - before[0] - 2.0).abs() < 1e-5);
+    assert!((ask("b").await[0] - before[0] - 1.0).abs() < 1e-5);
+    assert_eq!(ask("fixed").await, before);
+
+    // A file that is gone takes its head with it.
+    std::fs::remove_file(dir.join("a.safetensors")).expect("removed");
+    std::fs::remove_file(dir.join("d.safetensors")).expect("removed");
+    until_reloaded(&running, 6.0).await;
+    assert_eq!(names(&running).await, ["fixed", "b", "broken"]);
+    let gone = call("a", pb::Fit::Unspecified, pb::Alpha::Unspecified);
+    let gone = running.client.clone().classify(gone).await;
+    assert_eq!(gone.expect_err("no head").code(), Code::NotFound);
+
+    // A directory that cannot be read changes nothing.
+    std::fs::rename(&dir, folder.path().join("away")).expect("renamed");
+    harness::until_sample(&running.worker, failed, |n| n == 1.0).await;
+    assert_eq!(names(&running).await, ["fixed", "b", "broken"]);
+    running.end().await;
+}
+
+#[test]
+fn a_directory_of_heads_that_is_missing_ends_the_start() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let model = micro(folder.path());
+    let missing = folder.path().join("missing");
+    let flags = [
+        "serve",
+        "--model",
+        text(&model),
+        "--head-dir",
+        text(&missing),
+    ];
+    let ports = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"];
+    let (code, said) = run(&[&flags[..], &ports].concat());
+    assert_eq!(code, 2, "{said}");
+    assert!(
+        said.contains("--head-dir") && said.contains("missing"),
+        "{said}"
+    );
+}

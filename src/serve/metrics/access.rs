@@ -3,7 +3,7 @@
 use metrics::{Counter, Gauge};
 
 use super::as_f64;
-use super::labels::{AccessFile, ConnectionOutcome};
+use super::labels::{ConnectionOutcome, ReloadedFile};
 use super::registry::{Family, Registry};
 
 /// Handles to the metrics of connections, certificates and tokens.
@@ -11,8 +11,8 @@ pub struct AccessMetrics {
     open: Gauge,
     max: Gauge,
     outcomes: Family<ConnectionOutcome, Counter>,
-    reloads: Family<AccessFile, Counter>,
-    reload_failed: Family<AccessFile, Gauge>,
+    reloads: Family<ReloadedFile, Counter>,
+    reload_failed: Family<ReloadedFile, Gauge>,
     expiry: Gauge,
 }
 
@@ -70,13 +70,13 @@ impl AccessMetrics {
     }
 
     /// Counts a changed file whose new contents are in force.
-    pub fn reloaded(&self, file: AccessFile) {
+    pub fn reloaded(&self, file: ReloadedFile) {
         self.reloads.of(file).increment(1);
         self.reload_failed(file, false);
     }
 
     /// Sets whether the current contents of a file cannot be used.
-    pub fn reload_failed(&self, file: AccessFile, failed: bool) {
+    pub fn reload_failed(&self, file: ReloadedFile, failed: bool) {
         self.reload_failed
             .of(file)
             .set(if failed { 1.0 } else { 0.0 });

@@ -35,7 +35,7 @@ label!(FallbackKind, "kind", label);
 label!(BatchClose, "close_reason", label);
 label!(EngineFault, "kind", label);
 label!(ConnectionOutcome, "outcome", label);
-label!(AccessFile, "file", label);
+label!(ReloadedFile, "file", label);
 label!(CacheLookup, "result", label);
 label!(CanaryResult, "result", label);
 label!(FedTokens, "kind", label);
@@ -249,19 +249,22 @@ impl ConnectionOutcome {
 
 /// Files that may be replaced while the worker runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum AccessFile {
+pub enum ReloadedFile {
     Certificate,
     Tokens,
+    /// Files of `--head-dir`.
+    Heads,
 }
 
-impl AccessFile {
-    const ALL: [Self; 2] = [Self::Certificate, Self::Tokens];
+impl ReloadedFile {
+    const ALL: [Self; 3] = [Self::Certificate, Self::Tokens, Self::Heads];
 
     #[must_use]
     pub fn label(self) -> &'static str {
         match self {
             Self::Certificate => "certificate",
             Self::Tokens => "tokens",
+            Self::Heads => "heads",
         }
     }
 }
@@ -345,7 +348,7 @@ mod tests {
         is_indexed::<BatchClose>();
         is_indexed::<EngineFault>();
         is_indexed::<ConnectionOutcome>();
-        is_indexed::<AccessFile>();
+        is_indexed::<ReloadedFile>();
         is_indexed::<CacheLookup>();
         is_indexed::<CanaryResult>();
         is_indexed::<FedTokens>();

@@ -16,7 +16,7 @@ use super::listen::Peer;
 use super::reload::{Follower, Latest, open};
 use super::status;
 use crate::files::FlagFile;
-use crate::serve::metrics::AccessFile;
+use crate::serve::metrics::ReloadedFile;
 use crate::serve::rpc::error::RequestError;
 
 /// Shortest length of a token: 16 random letters and digits have 95 bits;
@@ -37,7 +37,7 @@ pub(super) struct AcceptedTokens(Vec<[u8; 32]>);
 impl AcceptedTokens {
     pub(super) fn open(source: FlagFile) -> anyhow::Result<(Latest<Self>, Follower<Self>)> {
         let name = source.to_string();
-        open(AccessFile::Tokens, vec![source], move |contents| {
+        open(ReloadedFile::Tokens, vec![source], move |contents| {
             Self::parse(&contents[0]).with_context(|| name.clone())
         })
     }

@@ -1,6 +1,8 @@
 //! Linear heads in calls: which head a call means, and the options that follow
 //! from the head.
 
+use std::sync::Arc;
+
 use crate::imaging::PreprocessOptions;
 use crate::model::head::LinearHead;
 use crate::model::{CallTask, Model};
@@ -11,15 +13,15 @@ use crate::serve::rpc::error::RequestError;
 
 /// Returns the linear head that a call names or implies; `None` is the
 /// checkpoint's own head.
-pub(super) fn named<'a>(
-    heads: &'a [LinearHead],
+pub(super) fn named(
+    heads: &[Arc<LinearHead>],
     given: &str,
     model: &Model,
-) -> Result<Option<&'a LinearHead>, RequestError> {
+) -> Result<Option<Arc<LinearHead>>, RequestError> {
     if given.is_empty() {
         return match heads {
             _ if model.can(CallTask::Classify) => Ok(None),
-            [only] => Ok(Some(only)),
+            [only] => Ok(Some(Arc::clone(only))),
             [] => Err(RequestError::TaskMissing {
                 task: CallTask::Classify,
                 file: CallTask::Classify.file(),
@@ -28,12 +30,12 @@ pub(super) fn named<'a>(
         };
     }
     match heads.iter().find(|head| head.name == given) {
-        Some(head) => Ok(Some(head)),
+        Some(head) => Ok(Some(Arc::clone(head))),
         None => Err(unknown(heads, given)),
     }
 }
 
-fn unknown(heads: &[LinearHead], given: &str) -> RequestError {
+fn unknown(heads: &[Arc<LinearHead>], given: &str) -> RequestError {
     let known: Vec<&str> = heads.iter().map(|head| head.name.as_str()).collect();
     RequestError::HeadUnknown {
         given: given.to_owned(),

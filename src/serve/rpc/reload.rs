@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
 use crate::files::FlagFile;
-use crate::serve::metrics::{AccessFile, Metrics};
+use crate::serve::metrics::{Metrics, ReloadedFile};
 
 /// Interval at which the files are read again: a few KiB, which cost
 /// microseconds.
@@ -49,7 +49,7 @@ type Parse<T> = dyn Fn(&[Vec<u8>]) -> anyhow::Result<T> + Send + Sync;
 
 /// Task that reads the files at each interval and publishes changed values.
 pub(super) struct Follower<T> {
-    what: AccessFile,
+    what: ReloadedFile,
     sources: Vec<FlagFile>,
     parse: Arc<Parse<T>>,
     latest: watch::Sender<Arc<T>>,
@@ -62,7 +62,7 @@ pub(super) struct Follower<T> {
 ///
 /// Returns one sentence about the file that cannot be used.
 pub(super) fn open<T: Send + Sync + 'static>(
-    what: AccessFile,
+    what: ReloadedFile,
     sources: Vec<FlagFile>,
     parse: impl Fn(&[Vec<u8>]) -> anyhow::Result<T> + Send + Sync + 'static,
 ) -> anyhow::Result<(Latest<T>, Follower<T>)> {

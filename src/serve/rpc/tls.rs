@@ -13,7 +13,7 @@ use tokio_rustls::rustls::{self, RootCertStore, ServerConfig, crypto};
 
 use super::reload::{Follower, Latest, open};
 use crate::files::FlagFile;
-use crate::serve::metrics::AccessFile;
+use crate::serve::metrics::ReloadedFile;
 use crate::serve::metrics::access::AccessMetrics;
 
 /// ALPN protocol of gRPC.
@@ -42,7 +42,7 @@ impl Tls {
             .into_iter()
             .chain(client_ca.clone())
             .collect();
-        open(AccessFile::Certificate, sources, move |contents| {
+        open(ReloadedFile::Certificate, sources, move |contents| {
             let chain = certificates(&certificate, &contents[0])?;
             let private = PrivateKeyDer::from_pem_slice(&contents[1])
                 .ok()

@@ -1,5 +1,6 @@
 //! Inference request of the protocol: its checks, its work and its response.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -68,8 +69,8 @@ enum Kind {
     /// Pooled features or states.
     Features(Box<Embedding>),
     Logits {
-        /// Index of the linear head; none for the checkpoint's own head.
-        head: Option<usize>,
+        /// The linear head; none for the checkpoint's own head.
+        head: Option<Arc<LinearHead>>,
         /// Number of best classes to name, instead of all logits.
         n_named: Option<usize>,
     },
@@ -79,9 +80,9 @@ enum Kind {
 
 impl Kind {
     /// Returns the linear head that makes the output.
-    fn head<'a>(&self, service: &'a WorkerService) -> Option<&'a LinearHead> {
+    fn head(&self) -> Option<&LinearHead> {
         match self {
-            Self::Logits { head, .. } => Some(&service.heads[(*head)?]),
+            Self::Logits { head, .. } => head.as_deref(),
             Self::Features(_) | Self::Nll | Self::Tokens => None,
         }
     }
@@ -132,9 +133,7 @@ impl PreparedInfer {
         oip.check_model(&request.model_name, &request.model_version)?;
         let (manner, options) = parameters::of_request(&request.parameters)?;
         let (outputs, status_at) = outputs(service, &facts, &request, &options, &manner)?;
-        let mut heads = outputs
-            .iter()
-            .filter_map(|output| output.kind.head(service));
+        let mut heads = outputs.iter().filter_map(|output| output.kind.head());
         let (preprocess, of_head) =
             parameters::preprocess(manner.preprocess, heads.next(), outputs.len())?;
         let input = InferInput::take(&mut request, service.model.positions())?;
@@ -343,8 +342,8 @@ fn logits(
     options: &OutputOptions,
     ask: impl Fn(RequestedWork, usize) -> Ask,
 ) -> Result<Output, RequestError> {
-    let head = heads::named(&service.heads, &options.head, &service.model)?;
-    let (work, n_computed) = if let Some(head) = head {
+    let head = heads::named(&service.heads.get(), &options.head, &service.model)?;
+    let (work, n_computed) = if let Some(head) = &head {
         // The engine computes the features; the head is applied to them later.
         let work = heads::work(head, options.context, &service.model)?;
         (work, head.content.width().max(head.content.labels.len()))
@@ -353,18 +352,18 @@ fn logits(
         let want = Want::Logits;
         (RequestedWork::Infer { context, want }, facts.n_classes)
     };
-    let labels = head.map_or(&service.model.labels, |head| &head.content.labels);
+    let of_head = head.as_ref().map(|head| &head.content.labels);
+    let labels = of_head.unwrap_or(&service.model.labels);
     // The text of named classes is counted before it is made, in units of f32.
     let n_text = options.n_classes.map_or(0, |n_named| {
         let longest = labels.iter().map(String::len).max().unwrap_or(0);
         n_named.min(n_computed) * (longest + NAMED_CLASS_BYTES) / size_of::<f32>()
     });
-    let place = |name: &str| service.heads.iter().position(|head| head.name == name);
     Ok(Output {
         name: LOGITS,
         ask: ask(work, n_computed.max(n_text)),
         kind: Kind::Logits {
-            head: head.and_then(|head| place(&head.name)),
+            head,
             n_named: options.n_classes,
         },
     })
@@ -402,9 +401,9 @@ impl Tensor {
                 _ => ("FP32", embedding.shape().to_vec(), 4),
             },
             Kind::Logits { head, n_named } => {
-                let n_classes = head.map_or(facts.n_classes, |idx| {
-                    service.heads[idx].content.labels.len()
-                });
+                let n_classes = head
+                    .as_ref()
+                    .map_or(facts.n_classes, |head| head.content.labels.len());
                 match n_named {
                     Some(n_named) => ("BYTES", vec![(*n_named).min(n_classes)], 0),
                     None => ("FP32", vec![n_classes], 4),
@@ -450,7 +449,7 @@ impl Tensor {
                 }
             }
             (Kind::Logits { n_named, .. }, Answer::Values(values)) => {
-                let head = kind.head(service);
+                let head = kind.head();
                 let logits = match head {
                     Some(head) => head.logits(&values),
                     None => values,

@@ -85,6 +85,7 @@ fn outputs(service: &WorkerService, facts: &EngineFacts) -> Vec<Tensor> {
     let model = &service.model;
     let (width, positions) = (facts.dimension, model.positions());
     let float = DataType::TypeFp32;
+    let heads = service.heads.get();
     let mut outputs = Vec::new();
     if model.can(CallTask::Embed) {
         outputs.push(Tensor::new(EMBEDDING, float, &[width]));
@@ -94,9 +95,9 @@ fn outputs(service: &WorkerService, facts: &EngineFacts) -> Vec<Tensor> {
     }
     if model.can(CallTask::Classify) {
         outputs.push(Tensor::new(LOGITS, float, &[facts.n_classes]));
-    } else if let [head] = &service.heads[..] {
+    } else if let [head] = &heads[..] {
         outputs.push(Tensor::new(LOGITS, float, &[head.content.labels.len()]));
-    } else if !service.heads.is_empty() {
+    } else if !heads.is_empty() {
         // The number of classes depends on the head that a request names.
         outputs.push(Tensor {
             name: LOGITS,
@@ -118,7 +119,7 @@ pub(super) fn default_output(service: &WorkerService) -> &'static str {
     let model = &service.model;
     if model.can(CallTask::Embed) {
         EMBEDDING
-    } else if model.can(CallTask::Classify) || !service.heads.is_empty() {
+    } else if model.can(CallTask::Classify) || !service.heads.get().is_empty() {
         LOGITS
     } else if model.can(CallTask::Score) {
         NLL
@@ -171,7 +172,7 @@ fn properties(service: &WorkerService, facts: &EngineFacts) -> HashMap<String, S
     if !model.labels.is_empty() {
         properties.push(("labels".to_owned(), json(&model.labels)));
     }
-    for head in &service.heads {
+    for head in service.heads.get().iter() {
         let content = &head.content;
         let mut push =
             |fact: &str, value| properties.push((format!("{fact}.{}", head.name), value));
