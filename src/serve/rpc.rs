@@ -17,6 +17,7 @@ mod heads;
 mod health;
 mod leaving;
 mod listen;
+mod not_grpc;
 mod observe;
 mod oip;
 mod outcome_tally;
@@ -132,6 +133,7 @@ pub(crate) async fn serve(
     let (guards, followers) = access.follow(&metrics);
     let auth = auth::Auth(guards.tokens);
     let web = guards.web;
+    let http1 = web.calls.is_some();
     let door = listen::ConnectionLimits {
         tls: guards.tls,
         connections_max: connections.connections_max as usize,
@@ -140,7 +142,7 @@ pub(crate) async fn serve(
         metrics,
     };
     let driver = connection::ConnectionDriver {
-        http1: web.calls.is_some(),
+        http1,
         keepalive_interval: options.keepalive_interval,
         keepalive_timeout: options.keepalive_timeout,
         streams_max: connections.streams_per_connection_max,
@@ -151,6 +153,7 @@ pub(crate) async fn serve(
     let layers = (
         tower::util::option_layer(web.cors),
         tower::util::option_layer(web.calls),
+        not_grpc::NotGrpcLayer { http1 },
         observe,
         auth,
     );
