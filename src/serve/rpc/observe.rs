@@ -186,7 +186,7 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let Some(method) = RpcMethod::of_path(request.uri().path()) else {
             // Health checks and reflection are not counted as work. Their
             // messages are small, but may also arrive slowly.
@@ -194,7 +194,7 @@ where
                 bytes: None,
                 class: Priority::Interactive,
                 message_bytes_max: NAME_BYTES_MAX,
-                compression: None,
+                compression: MessageCompression::take(request.headers_mut()),
                 growth: Growth::NONE,
                 is_stream: true,
                 timeout: self.observe.request_timeout,
