@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use crate::excerpt::Excerpt;
 use crate::imaging::PreprocessError;
 use crate::model::CallTask;
 use crate::serve::error::StageError;
@@ -69,7 +70,7 @@ pub(super) enum RequestError {
     StatesMissing,
     /// No linear head with the given name is loaded.
     #[error("head: {given:?} is not loaded; the worker has {known}")]
-    HeadUnknown { given: String, known: String },
+    HeadUnknown { given: Excerpt, known: String },
     /// The linear head was trained with another context than the call's.
     #[error("context: the head {head} was trained with {trained}; leave context unset")]
     HeadContext { head: String, trained: &'static str },
@@ -95,7 +96,7 @@ pub(super) enum RequestError {
     },
     /// The metadata names an unknown priority class.
     #[error("imagegpt-priority: {given:?} is not a class; use \"interactive\" or \"bulk\"")]
-    PriorityUnknown { given: String },
+    PriorityUnknown { given: Excerpt },
     /// The request message is larger than the limit.
     #[error(
         "request: the message is too large; the limit is {max} bytes (--request-bytes-max); send \

@@ -1,6 +1,7 @@
 //! Linear heads in calls: which head a call means, and the options that follow
 //! from the head.
 
+use crate::excerpt::Excerpt;
 use crate::imaging::PreprocessOptions;
 use crate::model::head::LinearHead;
 use crate::model::{CallTask, Model};
@@ -36,7 +37,7 @@ pub(super) fn named<'a>(
 fn unknown(heads: &[LinearHead], given: &str) -> RequestError {
     let known: Vec<&str> = heads.iter().map(|head| head.name.as_str()).collect();
     RequestError::HeadUnknown {
-        given: given.to_owned(),
+        given: Excerpt::of(given),
         known: if known.is_empty() {
             "no heads".to_owned()
         } else {

@@ -20,6 +20,7 @@ use tracing::Instrument as _;
 use super::arriving::{self, Arrived, MessageCompression, RequestFacts};
 use super::leaving::{self, LeavingBody};
 use super::{deadline, status};
+use crate::excerpt::Excerpt;
 use crate::proto::codec::Growth;
 use crate::proto::{GrpcCode, Priority, RpcMethod};
 use crate::serve::capacity::{CapacityPool, CapacityShare};
@@ -288,7 +289,7 @@ fn class(headers: &HeaderMap, method: RpcMethod) -> Result<Priority, RequestErro
         .into_iter()
         .find(|class| given == class.label())
         .ok_or_else(|| RequestError::PriorityUnknown {
-            given: String::from_utf8_lossy(given.as_bytes()).into_owned(),
+            given: Excerpt::of_bytes(given.as_bytes()),
         })
 }
 

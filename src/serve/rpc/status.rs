@@ -131,6 +131,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::excerpt::Excerpt;
     use crate::model::CallTask;
     use crate::proto::GrpcCode;
     use crate::runtime::error::EngineError;
@@ -213,7 +214,7 @@ mod tests {
             ),
             (
                 RequestError::HeadUnknown {
-                    given: "a".to_owned(),
+                    given: Excerpt::of("a"),
                     known: "none".to_owned(),
                 },
                 Code::NotFound,
@@ -267,7 +268,7 @@ mod tests {
             ),
             (
                 RequestError::PriorityUnknown {
-                    given: "urgent".to_owned(),
+                    given: Excerpt::of("urgent"),
                 },
                 Code::InvalidArgument,
                 "PRIORITY_UNKNOWN",
