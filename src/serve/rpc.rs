@@ -26,6 +26,7 @@ mod score;
 mod status;
 mod stream;
 mod tls;
+mod unserved;
 mod usage;
 mod web;
 
@@ -160,7 +161,8 @@ pub(crate) async fn serve(
     let serve = move |connection: listen::Connection, farewell: listen::ConnectionEnd| {
         // The layer that counts a connection's calls is behind the layer that
         // checks tokens, so that calls rejected there do not count.
-        let counted = usage::UsageLayer(connection.guest()).layer(routes.clone());
+        let counted = usage::UsageLayer(connection.guest())
+            .layer(unserved::UnservedLayer.layer(routes.clone()));
         let calls = layers.layer(counted);
         driver.clone().serve(connection, farewell, calls)
     };

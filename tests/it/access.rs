@@ -178,7 +178,9 @@ async fn http_1_over_tls_is_told_what_the_port_serves() {
             .with_no_client_auth();
         config.alpn_protocols = offered.iter().map(|name| name.to_vec()).collect();
         let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config));
-        let stream = TcpStream::connect(worker.grpc_addr).await.expect("connected");
+        let stream = TcpStream::connect(worker.grpc_addr)
+            .await
+            .expect("connected");
         let name = ServerName::try_from("localhost").expect("a name");
         let mut stream = connector.connect(name, stream).await.expect("TLS");
         let request = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n";

@@ -247,8 +247,7 @@ async fn health_and_reflection_take_compressed_requests() {
         let error = health.check(request).await.expect_err("too large");
         assert_eq!(error.code(), Code::OutOfRange, "{error}");
 
-        let mut reflection =
-            ServerReflectionClient::new(channel.clone()).send_compressed(encoding);
+        let mut reflection = ServerReflectionClient::new(channel.clone()).send_compressed(encoding);
         let request = tonic_reflection::pb::v1::ServerReflectionRequest {
             host: String::new(),
             message_request: Some(MessageRequest::ListServices(String::new())),

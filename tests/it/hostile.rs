@@ -757,7 +757,10 @@ async fn errors_repeat_little_of_a_callers_text() {
     }
     for error in errors {
         let message = error.message();
-        assert!(message.contains("urgent") && message.contains('…'), "{message}");
+        assert!(
+            message.contains("urgent") && message.contains('…'),
+            "{message}"
+        );
         assert!(message.len() < 512, "{} bytes", message.len());
     }
     drop(client);

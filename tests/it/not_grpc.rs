@@ -43,7 +43,9 @@ async fn http_1_is_told_what_the_port_serves() {
         }
     }
     // The connection is closed although its client would keep it.
-    let mut stream = tokio::net::TcpStream::connect(addr).await.expect("connected");
+    let mut stream = tokio::net::TcpStream::connect(addr)
+        .await
+        .expect("connected");
     let kept = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: keep-alive\r\n\r\n";
     stream.write_all(kept).await.expect("sent");
     let mut answer = String::new();
@@ -97,8 +99,7 @@ async fn another_content_type_is_unsupported_on_every_path() {
         };
         for path in PATHS {
             for content_type in [None, Some("application/json"), Some("application/grpcs")] {
-                let (status, kind, body) =
-                    send(&running.worker, request(path, content_type)).await;
+                let (status, kind, body) = send(&running.worker, request(path, content_type)).await;
                 assert_eq!(status, 415, "{path} {content_type:?}");
                 assert!(kind.starts_with("text/plain"), "{kind}");
                 assert!(body.contains("application/grpc;"), "{body}");
@@ -117,4 +118,66 @@ async fn another_content_type_is_unsupported_on_every_path() {
         }
         running.end().await;
     }
+}
+
+#[tokio::test]
+async fn calls_that_are_not_served_are_told_what_is() {
+    use http::uri::PathAndQuery;
+    use tonic::Code;
+
+    let running = harness::fake(Script::default(), &["--no-reflection"]).await;
+    let channel = tonic::transport::Channel::from_shared(running.url()).expect("a URL");
+    let channel = channel.connect().await.expect("a connection");
+    let check = async |path: &str, words: &[&str]| {
+        let mut grpc = tonic::client::Grpc::new(channel.clone());
+        grpc.ready().await.expect("ready");
+        let path = PathAndQuery::try_from(path).expect("a path");
+        let codec = tonic_prost::ProstCodec::<(), ()>::default();
+        let error = grpc
+            .unary(tonic::Request::new(()), path.clone(), codec)
+            .await
+            .expect_err("not served");
+        assert_eq!(error.code(), Code::Unimplemented, "{path}: {error}");
+        for words in words {
+            assert!(error.message().contains(words), "{path}: {error}");
+        }
+    };
+    // The calls of Triton that are not in the contract, and one of the future.
+    for method in [
+        "RepositoryModelLoad",
+        "RepositoryModelUnload",
+        "SystemSharedMemoryStatus",
+        "SystemSharedMemoryRegister",
+        "SystemSharedMemoryUnregister",
+        "CudaSharedMemoryStatus",
+        "CudaSharedMemoryRegister",
+        "CudaSharedMemoryUnregister",
+        "TraceSetting",
+        "LogSettings",
+        "Tomorrow",
+    ] {
+        let path = format!("/inference.GRPCInferenceService/{method}");
+        let given = format!("method: {path:?} is not served");
+        check(
+            &path,
+            &[&given, "ModelInfer, ModelStreamInfer", "RepositoryIndex"],
+        )
+        .await;
+    }
+    check(
+        "/imagegpt.v1.ImageGptService/Train",
+        &["imagegpt.v1.ImageGptService has Embed, EmbedStream"],
+    )
+    .await;
+    let services = ["imagegpt.v1.ImageGptService, inference.GRPCInferenceService"];
+    check("/imagegpt.v2.ImageGptService/Embed", &services).await;
+    check("/grpc.health.v1.Health/List", &services).await;
+    check(
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        &["--no-reflection"],
+    )
+    .await;
+    check(&format!("/{}", "long".repeat(2000)), &["longlong", "…"]).await;
+    drop(channel);
+    running.end().await;
 }

@@ -192,12 +192,10 @@ impl HeadFile {
         Ok(Self {
             labels,
             activation: metadata.activation()?,
-            layer: layer
-                .parse()
-                .map_err(|_| {
-                    let layer = Excerpt::of(layer);
-                    format!("layer is {layer:?}; it must be a whole number")
-                })?,
+            layer: layer.parse().map_err(|_| {
+                let layer = Excerpt::of(layer);
+                format!("layer is {layer:?}; it must be a whole number")
+            })?,
             norm: choice("norm", metadata.needed("norm")?, NORMS)?,
             context: choice("context", metadata.needed("context")?, CONTEXTS)?,
             fit: metadata.choice("fit", FITS)?,

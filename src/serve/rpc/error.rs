@@ -85,6 +85,9 @@ pub(super) enum RequestError {
     /// The call names a model or a version that is not served.
     #[error("model: {given:?} is not found; the worker serves {served:?}, version 1")]
     ModelUnknown { given: String, served: String },
+    /// The call names a method or a service that the worker does not have.
+    #[error("method: {given:?} is not served; {served}")]
+    MethodUnknown { given: Excerpt, served: String },
     /// A tensor of the request does not fit the model's inputs or outputs.
     #[error("{tensor}: {problem}")]
     TensorInvalid { tensor: String, problem: String },
@@ -163,6 +166,7 @@ impl RequestError {
             | Self::HeadContext { .. }
             | Self::HeadPreprocess { .. }
             | Self::ModelUnknown { .. }
+            | Self::MethodUnknown { .. }
             | Self::TensorInvalid { .. } => false,
         }
     }

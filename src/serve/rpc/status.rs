@@ -29,6 +29,7 @@ fn row(error: &RequestError) -> (Code, &'static str) {
         RequestError::HeadContext { .. } => (Code::InvalidArgument, "HEAD_CONTEXT"),
         RequestError::HeadPreprocess { .. } => (Code::InvalidArgument, "HEAD_PREPROCESS"),
         RequestError::ModelUnknown { .. } => (Code::NotFound, "MODEL_UNKNOWN"),
+        RequestError::MethodUnknown { .. } => (Code::Unimplemented, "METHOD_UNKNOWN"),
         RequestError::TensorInvalid { .. } => (Code::InvalidArgument, "TENSOR_INVALID"),
         RequestError::OfImage { cause, .. } => row(cause),
         RequestError::MessageTooLarge { .. } => (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
@@ -148,7 +149,7 @@ mod tests {
             items_answered: 3,
         };
         let engine = || StageError::from(EngineError::Runtime("secret path".to_owned()));
-        let rows: [(RequestError, Code, &str); 36] = [
+        let rows: [(RequestError, Code, &str); 37] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -244,6 +245,14 @@ mod tests {
                 },
                 Code::NotFound,
                 "MODEL_UNKNOWN",
+            ),
+            (
+                RequestError::MethodUnknown {
+                    given: Excerpt::of("/a.B/C"),
+                    served: "a.B has D".to_owned(),
+                },
+                Code::Unimplemented,
+                "METHOD_UNKNOWN",
             ),
             (
                 RequestError::TensorInvalid {
