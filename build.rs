@@ -36,7 +36,8 @@ fn methods(descriptors: &FileDescriptorSet) -> Result<String, std::fmt::Error> {
     for file in &descriptors.file {
         for service in &file.service {
             let service_path = format!("/{}.{}/", file.package(), service.name());
-            writeln!(services, "        {service_path:?},")?;
+            let methods: Vec<&str> = service.method.iter().map(|method| method.name()).collect();
+            writeln!(services, "        ({service_path:?}, &{methods:?}),")?;
             for method in &service.method {
                 let name = method.name();
                 writeln!(
@@ -80,8 +81,8 @@ impl RpcMethod {{
     /// All methods, in the order of the enum.
     pub const ALL: [Self; {count}] = [{all}Self::Other];
 
-    /// Path prefixes of the services.
-    const SERVICES: &[&str] = &[
+    /// Path prefixes of the services, and the names of their methods.
+    pub(crate) const SERVICES: &[(&str, &[&str])] = &[
 {services}    ];
 
     /// Returns the name of the method, or `other`.
@@ -96,7 +97,7 @@ impl RpcMethod {{
     /// none of the services.
     #[must_use]
     pub fn of_path(path: &str) -> Option<Self> {{
-        let is_ours = |service: &&str| path.starts_with(*service);
+        let is_ours = |(service, _): &(&str, &[&str])| path.starts_with(*service);
         if !Self::SERVICES.iter().any(is_ours) {{
             return None;
         }}

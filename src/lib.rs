@@ -15,6 +15,7 @@
 
 // Each module uses only modules above it; `tests/architecture.rs` checks this
 // order.
+mod excerpt;
 mod files;
 mod sync;
 pub mod telemetry;

@@ -17,6 +17,7 @@ use self::files::{DigestOrigin, FilesByPath, Sha256Digest};
 use self::graph::{Graph, Layers, Norm, Want};
 use self::manifest::Manifest;
 use self::precision::Precision;
+use crate::excerpt::Excerpt;
 use crate::files::hex;
 use crate::model::precision::Provider;
 
@@ -121,8 +122,9 @@ impl ClassActivation {
             None | Some("single_label_classification") => Ok(Self::Softmax),
             Some("multi_label_classification") => Ok(Self::Sigmoid),
             Some(other) => Err(format!(
-                "problem_type is {other:?}; single_label_classification and \
-                 multi_label_classification are supported"
+                "problem_type is {:?}; single_label_classification and \
+                 multi_label_classification are supported",
+                Excerpt::of(other)
             )),
         }
     }

@@ -15,8 +15,9 @@ use std::path::Path;
 
 /// Directories and files at the top of `src/`, each of which uses only those
 /// before it.
-const ORDER: [&str; 14] = [
+const ORDER: [&str; 15] = [
     "sync",
+    "excerpt",
     "files",
     "telemetry",
     "kernels",

@@ -17,6 +17,7 @@ mod heads;
 mod health;
 mod leaving;
 mod listen;
+mod not_grpc;
 mod observe;
 mod oip;
 mod outcome_tally;
@@ -25,6 +26,7 @@ mod score;
 mod status;
 mod stream;
 mod tls;
+mod unserved;
 mod usage;
 mod web;
 
@@ -132,6 +134,7 @@ pub(crate) async fn serve(
     let (guards, followers) = access.follow(&metrics);
     let auth = auth::Auth(guards.tokens);
     let web = guards.web;
+    let http1 = web.calls.is_some();
     let door = listen::ConnectionLimits {
         tls: guards.tls,
         connections_max: connections.connections_max as usize,
@@ -140,7 +143,7 @@ pub(crate) async fn serve(
         metrics,
     };
     let driver = connection::ConnectionDriver {
-        http1: web.calls.is_some(),
+        http1,
         keepalive_interval: options.keepalive_interval,
         keepalive_timeout: options.keepalive_timeout,
         streams_max: connections.streams_per_connection_max,
@@ -151,13 +154,15 @@ pub(crate) async fn serve(
     let layers = (
         tower::util::option_layer(web.cors),
         tower::util::option_layer(web.calls),
+        not_grpc::NotGrpcLayer { http1 },
         observe,
         auth,
     );
     let serve = move |connection: listen::Connection, farewell: listen::ConnectionEnd| {
         // The layer that counts a connection's calls is behind the layer that
         // checks tokens, so that calls rejected there do not count.
-        let counted = usage::UsageLayer(connection.guest()).layer(routes.clone());
+        let counted = usage::UsageLayer(connection.guest())
+            .layer(unserved::UnservedLayer.layer(routes.clone()));
         let calls = layers.layer(counted);
         driver.clone().serve(connection, farewell, calls)
     };

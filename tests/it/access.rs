@@ -156,6 +156,46 @@ async fn tls_works_and_nothing_else_does() {
     end(worker).await;
 }
 
+/// A client that offers http/1.1 alone, and one that offers nothing, are told
+/// what the port serves.
+#[tokio::test]
+async fn http_1_over_tls_is_told_what_the_port_serves() {
+    use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+    use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
+    use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto};
+
+    let ours = Authority::new();
+    let worker = start(&ours.server_flags()).await;
+    for offered in [&[&b"http/1.1"[..]][..], &[]] {
+        let mut roots = RootCertStore::empty();
+        let ca = CertificateDer::from_pem_file(ours.path("ca.crt")).expect("a certificate");
+        roots.add(ca).expect("a root");
+        let provider = std::sync::Arc::new(crypto::ring::default_provider());
+        let mut config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.alpn_protocols = offered.iter().map(|name| name.to_vec()).collect();
+        let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config));
+        let stream = TcpStream::connect(worker.grpc_addr)
+            .await
+            .expect("connected");
+        let name = ServerName::try_from("localhost").expect("a name");
+        let mut stream = connector.connect(name, stream).await.expect("TLS");
+        let request = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n";
+        stream.write_all(request).await.expect("sent");
+        let mut answer = Vec::new();
+        let whole = stream.read_to_end(&mut answer);
+        let read = tokio::time::timeout(harness::PATIENCE, whole).await;
+        read.expect("closed").expect("read");
+        let answer = String::from_utf8(answer).expect("text");
+        assert!(answer.starts_with("HTTP/1.1 505 "), "{answer}");
+        assert!(answer.contains("gRPC over HTTP/2"), "{answer}");
+    }
+    end(worker).await;
+}
+
 #[tokio::test]
 async fn mutual_tls_asks_clients_for_a_certificate() {
     let (ours, others) = (Authority::new(), Authority::new());

@@ -5,7 +5,7 @@ use imagegpt::engine::{Engine, EngineFactory};
 use imagegpt::model::Model;
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
-use imagegpt::serve::worker::Worker;
+use imagegpt::serve::worker::{Worker, WorkerEnded};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Streaming};
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -223,4 +223,44 @@ async fn gzip_is_taken() {
     assert_eq!(response.get_ref().results.len(), 1);
     drop(client);
     running.end().await;
+}
+
+/// Probes and tools that compress, such as `grpc_health_probe -gzip`.
+#[tokio::test]
+async fn health_and_reflection_take_compressed_requests() {
+    use tonic::codec::CompressionEncoding::{Deflate, Gzip};
+    let worker = harness::fake_worker(Script::default(), &[]).await;
+    let channel = channel(&worker).await;
+    for encoding in [Gzip, Deflate] {
+        let mut health = HealthClient::new(channel.clone()).send_compressed(encoding);
+        let request = HealthCheckRequest {
+            service: "imagegpt.v1.ImageGptService".to_owned(),
+        };
+        let response = health.check(request.clone()).await.expect("a status");
+        assert_eq!(response.get_ref().status(), ServingStatus::Serving);
+        let mut watch = health.watch(request).await.expect("a watch").into_inner();
+        assert_eq!(next(&mut watch).await, ServingStatus::Serving);
+        // A name over the limit on these messages, which compresses well.
+        let request = HealthCheckRequest {
+            service: "a".repeat(1 << 20),
+        };
+        let error = health.check(request).await.expect_err("too large");
+        assert_eq!(error.code(), Code::OutOfRange, "{error}");
+
+        let mut reflection = ServerReflectionClient::new(channel.clone()).send_compressed(encoding);
+        let request = tonic_reflection::pb::v1::ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(MessageRequest::ListServices(String::new())),
+        };
+        let mut answers = reflection
+            .server_reflection_info(tokio_stream::iter([request.clone(), request]))
+            .await
+            .expect("answers")
+            .into_inner();
+        for _ in 0..2 {
+            answers.message().await.expect("an answer").expect("one");
+        }
+    }
+    drop(channel);
+    assert_eq!(worker.shutdown(harness::PATIENCE).await, WorkerEnded::Clean);
 }

@@ -13,7 +13,7 @@ use imagegpt::serve::worker::{Worker, WorkerEnded};
 use prost::Message as _;
 use tonic::Code;
 
-use crate::harness::{self, embed, flat, gated, until, until_sample};
+use crate::harness::{self, embed, flat, gated, seeded, until, until_sample};
 
 /// Metadata of a call.
 type Headers<'a> = &'a [(&'a str, &'a str)];
@@ -707,4 +707,62 @@ async fn clients_that_stall_do_not_hold_the_end() {
 #[expect(clippy::cast_precision_loss, reason = "sizes of tests")]
 fn to_f64(n: usize) -> f64 {
     n as f64
+}
+
+/// Errors repeat a caller's text to its beginning: a status travels in a header,
+/// and a line of the log is read by people.
+#[tokio::test]
+async fn errors_repeat_little_of_a_callers_text() {
+    use crate::oip::{ids, infer, output, parameters, word};
+
+    let running = harness::fake(Script::default(), &[]).await;
+    let long = "urgent".repeat(1700);
+    let client = connect(&running.worker, 1 << 20).await;
+    let embed = "/imagegpt.v1.ImageGptService/Embed";
+    for header in ["imagegpt-priority", "grpc-encoding"] {
+        for path in [embed, "/grpc.health.v1.Health/Check"] {
+            let mut call = call(&client, path, &[(header, &long)]);
+            call.send(frame(0, b""), true);
+            let (code, message) = call.end().await;
+            if path != embed && header == "imagegpt-priority" {
+                assert_eq!(code, Code::Ok, "{message}");
+                continue;
+            }
+            assert!(message.contains("urgent"), "{message}");
+            assert!(message.contains('…'), "{message}");
+            assert!(message.len() < 512, "{} bytes", message.len());
+        }
+    }
+    let head = pb::ClassifyRequest {
+        head: long.clone(),
+        ..Default::default()
+    };
+    let error = running.client.clone().classify(head).await;
+    let mut errors = vec![error.expect_err("no such head")];
+    let mut client = crate::oip::client(&running).await;
+    let changes: [&dyn Fn(&mut crate::oip::Asked); 8] = [
+        &|r| r.model_name.clone_from(&long),
+        &|r| r.model_version.clone_from(&long),
+        &|r| r.inputs[0].name.clone_from(&long),
+        &|r| r.inputs[0].datatype.clone_from(&long),
+        &|r| r.outputs = vec![output(&long, &[])],
+        &|r| r.outputs = vec![output("logits", &[("head", word(&long))])],
+        &|r| r.parameters = parameters(&[("fit", word(&long))]),
+        &|r| r.parameters = parameters(&[("layer", word(&long))]),
+    ];
+    for change in changes {
+        let mut request = ids(&[seeded(1)]);
+        change(&mut request);
+        errors.push(infer(&mut client, &request).await.expect_err("refused"));
+    }
+    for error in errors {
+        let message = error.message();
+        assert!(
+            message.contains("urgent") && message.contains('…'),
+            "{message}"
+        );
+        assert!(message.len() < 512, "{} bytes", message.len());
+    }
+    drop(client);
+    running.end().await;
 }

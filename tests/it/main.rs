@@ -31,6 +31,7 @@ mod hostile;
 mod load;
 mod metrics;
 mod models;
+mod not_grpc;
 mod oip;
 mod pool;
 #[path = "../process/mod.rs"]

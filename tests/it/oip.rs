@@ -46,7 +46,7 @@ pub(crate) fn parameters(list: &[(&str, ParameterChoice)]) -> HashMap<String, oi
         .collect()
 }
 
-fn output(name: &str, list: &[(&str, ParameterChoice)]) -> InferRequestedOutputTensor {
+pub(crate) fn output(name: &str, list: &[(&str, ParameterChoice)]) -> InferRequestedOutputTensor {
     InferRequestedOutputTensor {
         name: name.to_owned(),
         parameters: parameters(list),
@@ -79,7 +79,7 @@ fn extent(n: usize) -> i64 {
 }
 
 /// Makes a request of `images` as INT64 tokens.
-fn ids(images: &[Vec<u32>]) -> Asked {
+pub(crate) fn ids(images: &[Vec<u32>]) -> Asked {
     let mut contents = BytesMut::new();
     for &id in images.iter().flatten() {
         contents.put_i64_le(id.into());

@@ -9,7 +9,7 @@ use crate::harness::{self, embed, fake_answer, seeded, tokens, vector};
 
 /// Sends a request over HTTP/1.1 on a new connection, and returns the whole
 /// response.
-async fn ask(addr: std::net::SocketAddr, head: &str, body: &[u8]) -> (String, Vec<u8>) {
+pub(crate) async fn ask(addr: std::net::SocketAddr, head: &str, body: &[u8]) -> (String, Vec<u8>) {
     let mut stream = tokio::net::TcpStream::connect(addr)
         .await
         .expect("connected");
@@ -20,7 +20,7 @@ async fn ask(addr: std::net::SocketAddr, head: &str, body: &[u8]) -> (String, Ve
     stream.write_all(head.as_bytes()).await.expect("sent");
     stream.write_all(body).await.expect("sent");
     let mut answer = Vec::new();
-    // A worker that speaks HTTP/2 alone resets the connection.
+    // A worker may close before it has read the body.
     let _ = stream.read_to_end(&mut answer).await;
     let Some(at) = answer.windows(4).position(|four| four == b"\r\n\r\n") else {
         return (String::from_utf8_lossy(&answer).to_lowercase(), Vec::new());
@@ -140,7 +140,7 @@ async fn browsers_are_not_let_unless_asked_for() {
         &framed(&embed(vec![tokens(seeded(5))])),
     )
     .await;
-    assert!(!head.starts_with("http/1.1 2"), "{head}");
+    assert!(head.starts_with("http/1.1 505"), "{head}");
     running.end().await;
 }
 

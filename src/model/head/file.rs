@@ -29,6 +29,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Number;
 use sha2::{Digest as _, Sha256};
 
+use crate::excerpt::Excerpt;
 use crate::files;
 use crate::files::hex;
 use crate::imaging::{Alpha, Fit};
@@ -45,8 +46,6 @@ const HEADER_BYTES_MAX: u64 = 4 << 20;
 const FIGURES_BYTES_MAX: usize = 16 << 10;
 /// Largest text of a version, in bytes; one with a commit and a date takes 60.
 const VERSION_BYTES_MAX: usize = 256;
-/// Characters of a wrong value that an error repeats.
-const VALUE_SHOWN: usize = 64;
 
 const NORMS: [(&str, Norm); 2] = [("PRE_ATTN_RMS", Norm::PreAttnRms), ("NONE", Norm::None)];
 const CONTEXTS: [(&str, Context); 2] =
@@ -193,9 +192,10 @@ impl HeadFile {
         Ok(Self {
             labels,
             activation: metadata.activation()?,
-            layer: layer
-                .parse()
-                .map_err(|_| format!("layer is {}; it must be a whole number", shown(layer)))?,
+            layer: layer.parse().map_err(|_| {
+                let layer = Excerpt::of(layer);
+                format!("layer is {layer:?}; it must be a whole number")
+            })?,
             norm: choice("norm", metadata.needed("norm")?, NORMS)?,
             context: choice("context", metadata.needed("context")?, CONTEXTS)?,
             fit: metadata.choice("fit", FITS)?,
@@ -306,10 +306,7 @@ impl HeadMetadata {
     }
 
     fn activation(&self) -> Result<ClassActivation, String> {
-        let given = self.get("problem_type");
-        let shortened: Option<String> =
-            given.map(|given| given.chars().take(VALUE_SHOWN).collect());
-        ClassActivation::of(shortened.as_deref())
+        ClassActivation::of(self.get("problem_type"))
     }
 
     fn weights_digest(&self) -> Result<Option<String>, String> {
@@ -322,8 +319,9 @@ impl HeadMetadata {
             .is_some_and(|digits| digits.len() == 64 && digits.bytes().all(is_digit));
         if !is_digest {
             return Err(format!(
-                "weights_digest is {}; it must be sha256: and 64 hexadecimal digits in lower case",
-                shown(digest)
+                "weights_digest is {:?}; it must be sha256: and 64 hexadecimal digits in lower \
+                 case",
+                Excerpt::of(digest)
             ));
         }
         Ok(Some(digest.to_owned()))
@@ -357,17 +355,12 @@ fn at_most(key: &str, text: &str, max: usize) -> Result<(), String> {
     ))
 }
 
-/// Quotes the beginning of a value for an error.
-fn shown(value: &str) -> String {
-    let shown: String = value.chars().take(VALUE_SHOWN).collect();
-    format!("{shown:?}")
-}
-
 fn choice<T: Copy>(key: &str, given: &str, choices: [(&str, T); 2]) -> Result<T, String> {
     let found = choices.iter().find(|(name, _)| *name == given);
     found.map(|&(_, value)| value).ok_or_else(|| {
         let [(one, _), (other, _)] = choices;
-        format!("{key} is {}; it must be {one} or {other}", shown(given))
+        let given = Excerpt::of(given);
+        format!("{key} is {given:?}; it must be {one} or {other}")
     })
 }
 

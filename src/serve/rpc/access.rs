@@ -40,7 +40,6 @@ impl Access {
                     .tls_client_ca
                     .as_ref()
                     .map(|ca| FlagFile::new("--tls-client-ca", ca)),
-                config.grpc_web,
             )?),
             _ => None,
         };

@@ -27,13 +27,14 @@ use std::time::{Duration, Instant};
 
 use bytes::{Buf as _, Bytes};
 use flate2::bufread::{GzDecoder, ZlibDecoder};
-use http::HeaderMap;
 use http::header::HeaderName;
+use http::{HeaderMap, HeaderValue};
 use http_body::{Body as _, Frame, SizeHint};
 use tonic::body::Body;
 use tonic::{Code, Status};
 
 use super::status;
+use crate::excerpt::Excerpt;
 use crate::proto::Priority;
 use crate::proto::codec::{Growth, malformed};
 use crate::serve::capacity::{CapacityPool, CapacityShare};
@@ -72,12 +73,20 @@ pub(super) enum MessageCompression {
 
 impl MessageCompression {
     /// Removes the header, so that the library expects no compression. An
-    /// unknown compression stays in the header, and the library rejects it.
+    /// unknown compression stays in the header, and the library rejects it with
+    /// its name, which is cut here.
     pub(super) fn take(headers: &mut HeaderMap) -> Option<Self> {
-        let compression = match headers.get(ENCODING)?.as_bytes() {
+        let given = headers.get(ENCODING)?;
+        let compression = match given.as_bytes() {
             b"gzip" => Self::Gzip,
             b"deflate" => Self::Deflate,
-            _ => return None,
+            unknown => {
+                let shown = Excerpt::of_bytes(unknown).to_string();
+                if let Ok(shown) = HeaderValue::from_bytes(shown.as_bytes()) {
+                    headers.insert(ENCODING, shown);
+                }
+                return None;
+            }
         };
         headers.remove(ENCODING);
         Some(compression)

@@ -1,5 +1,6 @@
-//! Serving of one connection from its first byte to its last: HTTP/2, and
-//! HTTP/1.1 for gRPC-Web, with a watched task per call.
+//! Serving of one connection from its first byte to its last: HTTP/2 with a
+//! watched task per call, and HTTP/1.1 for gRPC-Web or for one answer that says
+//! what the port serves (`not_grpc.rs`).
 //!
 //! The gRPC library's own server has two gaps: it does not give access to a
 //! call's task, so a call whose client reads nothing could not be ended, and it
@@ -22,7 +23,7 @@ use tower::{Service, ServiceExt as _};
 
 use super::deadline;
 use super::leaving::Patience;
-use super::listen::{Connection, ConnectionEnd};
+use super::listen::{Connection, ConnectionEnd, HANDSHAKE_TIMEOUT};
 
 /// Bytes that a client may send on one stream before it must wait for the
 /// worker: large enough for a large image without a round trip per 64 KiB.
@@ -37,12 +38,18 @@ const PENDING_RESETS_MAX: usize = 1024;
 /// counts these bytes with the answers, so a few pieces that keep the
 /// connection busy are enough.
 const SEND_BUFFER_BYTES: usize = 256 << 10;
+/// Bytes of the head of an HTTP/1.1 request that is only told what the port
+/// serves: the heads of browsers take a few KiB, and hyper asks for 8 KiB at
+/// least.
+const HTTP1_BUFFER_BYTES: usize = 16 << 10;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Settings with which connections are served.
 #[derive(Debug, Clone)]
 pub(super) struct ConnectionDriver {
+    /// True if a connection may make calls over HTTP/1.1; otherwise it gets one
+    /// answer and is closed.
     pub(super) http1: bool,
     pub(super) keepalive_interval: Duration,
     /// Time that a client may take to answer an HTTP/2 ping.
@@ -108,9 +115,6 @@ impl ConnectionDriver {
 
     fn builder(&self, calls: CallTasks) -> Builder<CallTasks> {
         let mut builder = Builder::new(calls);
-        if !self.http1 {
-            builder = builder.http2_only();
-        }
         builder
             .http2()
             .timer(TokioTimer::new())
@@ -125,6 +129,13 @@ impl ConnectionDriver {
         // With a timer, the head of an HTTP/1.1 request must arrive within 30
         // s.
         builder.http1().timer(TokioTimer::new());
+        if !self.http1 {
+            builder
+                .http1()
+                .keep_alive(false)
+                .header_read_timeout(HANDSHAKE_TIMEOUT)
+                .max_buf_size(HTTP1_BUFFER_BYTES);
+        }
         builder
     }
 }

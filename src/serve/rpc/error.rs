@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use crate::excerpt::Excerpt;
 use crate::imaging::PreprocessError;
 use crate::model::CallTask;
 use crate::serve::error::StageError;
@@ -69,7 +70,7 @@ pub(super) enum RequestError {
     StatesMissing,
     /// No linear head with the given name is loaded.
     #[error("head: {given:?} is not loaded; the worker has {known}")]
-    HeadUnknown { given: String, known: String },
+    HeadUnknown { given: Excerpt, known: String },
     /// The linear head was trained with another context than the call's.
     #[error("context: the head {head} was trained with {trained}; leave context unset")]
     HeadContext { head: String, trained: &'static str },
@@ -84,6 +85,9 @@ pub(super) enum RequestError {
     /// The call names a model or a version that is not served.
     #[error("model: {given:?} is not found; the worker serves {served:?}, version 1")]
     ModelUnknown { given: String, served: String },
+    /// The call names a method or a service that the worker does not have.
+    #[error("method: {given:?} is not served; {served}")]
+    MethodUnknown { given: Excerpt, served: String },
     /// A tensor of the request does not fit the model's inputs or outputs.
     #[error("{tensor}: {problem}")]
     TensorInvalid { tensor: String, problem: String },
@@ -95,7 +99,7 @@ pub(super) enum RequestError {
     },
     /// The metadata names an unknown priority class.
     #[error("imagegpt-priority: {given:?} is not a class; use \"interactive\" or \"bulk\"")]
-    PriorityUnknown { given: String },
+    PriorityUnknown { given: Excerpt },
     /// The request message is larger than the limit.
     #[error(
         "request: the message is too large; the limit is {max} bytes (--request-bytes-max); send \
@@ -162,6 +166,7 @@ impl RequestError {
             | Self::HeadContext { .. }
             | Self::HeadPreprocess { .. }
             | Self::ModelUnknown { .. }
+            | Self::MethodUnknown { .. }
             | Self::TensorInvalid { .. } => false,
         }
     }

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use crate::excerpt::Excerpt;
 use crate::imaging::PreprocessOptions;
 use crate::model::head::LinearHead;
 use crate::model::{CallTask, Model};
@@ -10,6 +11,10 @@ use crate::proto::pb;
 use crate::serve::job::RequestedWork;
 use crate::serve::rpc::convert;
 use crate::serve::rpc::error::RequestError;
+
+/// Heads that an error names: a status travels in headers of some KiB, and a
+/// directory may have hundreds of heads.
+const HEADS_NAMED: usize = 16;
 
 /// Returns the linear head that a call names or implies; `None` is the
 /// checkpoint's own head.
@@ -36,14 +41,18 @@ pub(super) fn named(
 }
 
 fn unknown(heads: &[Arc<LinearHead>], given: &str) -> RequestError {
-    let known: Vec<&str> = heads.iter().map(|head| head.name.as_str()).collect();
+    let shown = heads.iter().take(HEADS_NAMED);
+    let names: Vec<String> = shown
+        .map(|head| Excerpt::of(&head.name).to_string())
+        .collect();
+    let known = match (names.as_slice(), heads.len().saturating_sub(HEADS_NAMED)) {
+        ([], _) => "no heads".to_owned(),
+        (names, 0) => names.join(", "),
+        (names, more) => format!("{} and {more} more", names.join(", ")),
+    };
     RequestError::HeadUnknown {
-        given: given.to_owned(),
-        known: if known.is_empty() {
-            "no heads".to_owned()
-        } else {
-            known.join(", ")
-        },
+        given: Excerpt::of(given),
+        known,
     }
 }
 

@@ -37,7 +37,7 @@ pub(super) use self::places::{Guest, InUse, TooMany, WatchPermit};
 /// Time for a client to finish its TLS handshake and to say that it speaks
 /// HTTP/2, which takes a few round trips. Afterwards, pings detect clients that
 /// vanished.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Length of `PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n`, with which an HTTP/2 client
 /// begins; the head of an HTTP/1.1 request is longer.
 const PREFACE_LEN: usize = 24;

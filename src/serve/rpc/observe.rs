@@ -20,6 +20,7 @@ use tracing::Instrument as _;
 use super::arriving::{self, Arrived, MessageCompression, RequestFacts};
 use super::leaving::{self, LeavingBody};
 use super::{deadline, status};
+use crate::excerpt::Excerpt;
 use crate::proto::codec::Growth;
 use crate::proto::{GrpcCode, Priority, RpcMethod};
 use crate::serve::capacity::{CapacityPool, CapacityShare};
@@ -186,7 +187,7 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let Some(method) = RpcMethod::of_path(request.uri().path()) else {
             // Health checks and reflection are not counted as work. Their
             // messages are small, but may also arrive slowly.
@@ -194,7 +195,7 @@ where
                 bytes: None,
                 class: Priority::Interactive,
                 message_bytes_max: NAME_BYTES_MAX,
-                compression: None,
+                compression: MessageCompression::take(request.headers_mut()),
                 growth: Growth::NONE,
                 is_stream: true,
                 timeout: self.observe.request_timeout,
@@ -288,7 +289,7 @@ fn class(headers: &HeaderMap, method: RpcMethod) -> Result<Priority, RequestErro
         .into_iter()
         .find(|class| given == class.label())
         .ok_or_else(|| RequestError::PriorityUnknown {
-            given: String::from_utf8_lossy(given.as_bytes()).into_owned(),
+            given: Excerpt::of_bytes(given.as_bytes()),
         })
 }
 

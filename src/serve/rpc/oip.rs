@@ -20,6 +20,7 @@ use self::infer::{CallOrigin, PreparedInfer};
 use super::arriving::Arrived;
 use super::observe::AnswerBytes;
 use super::{WorkerService, respond, status};
+use crate::excerpt::Excerpt;
 use crate::proto::inference as oip;
 use crate::proto::inference::grpc_inference_service_server::GrpcInferenceService;
 use crate::serve::readiness::Unready;
@@ -27,8 +28,6 @@ use crate::serve::rpc::error::RequestError;
 
 /// Version of the served model, the only one.
 const VERSION: &str = "1";
-/// Largest number of characters of a caller's text that an error repeats.
-const TEXT_SHOWN: usize = 64;
 
 /// Service of the Open Inference Protocol.
 #[derive(Debug, Clone)]
@@ -37,23 +36,22 @@ pub(super) struct Oip(pub(super) Arc<WorkerService>);
 impl Oip {
     /// Checks that a model and its version are the served ones.
     fn check_model(&self, name: &str, version: &str) -> Result<(), RequestError> {
-        let shown = |text: &str| -> String { text.chars().take(TEXT_SHOWN).collect() };
         let served = &self.0.model.name;
         if name != served {
             return Err(RequestError::ModelUnknown {
-                given: shown(name),
+                given: Excerpt::of(name).to_string(),
                 served: served.clone(),
             });
         }
         match version {
             "" | VERSION => Ok(()),
             version if version.parse::<u64>().is_ok() => Err(RequestError::ModelUnknown {
-                given: format!("{served}, version {}", shown(version)),
+                given: format!("{served}, version {}", Excerpt::of(version)),
                 served: served.clone(),
             }),
             version => Err(RequestError::OptionInvalid {
                 field: "model_version",
-                problem: format!("{:?} is not a whole number", shown(version)),
+                problem: format!("{:?} is not a whole number", Excerpt::of(version)),
             }),
         }
     }

@@ -29,6 +29,7 @@ fn row(error: &RequestError) -> (Code, &'static str) {
         RequestError::HeadContext { .. } => (Code::InvalidArgument, "HEAD_CONTEXT"),
         RequestError::HeadPreprocess { .. } => (Code::InvalidArgument, "HEAD_PREPROCESS"),
         RequestError::ModelUnknown { .. } => (Code::NotFound, "MODEL_UNKNOWN"),
+        RequestError::MethodUnknown { .. } => (Code::Unimplemented, "METHOD_UNKNOWN"),
         RequestError::TensorInvalid { .. } => (Code::InvalidArgument, "TENSOR_INVALID"),
         RequestError::OfImage { cause, .. } => row(cause),
         RequestError::MessageTooLarge { .. } => (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
@@ -131,6 +132,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::excerpt::Excerpt;
     use crate::model::CallTask;
     use crate::proto::GrpcCode;
     use crate::runtime::error::EngineError;
@@ -147,7 +149,7 @@ mod tests {
             items_answered: 3,
         };
         let engine = || StageError::from(EngineError::Runtime("secret path".to_owned()));
-        let rows: [(RequestError, Code, &str); 36] = [
+        let rows: [(RequestError, Code, &str); 37] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -213,7 +215,7 @@ mod tests {
             ),
             (
                 RequestError::HeadUnknown {
-                    given: "a".to_owned(),
+                    given: Excerpt::of("a"),
                     known: "none".to_owned(),
                 },
                 Code::NotFound,
@@ -245,6 +247,14 @@ mod tests {
                 "MODEL_UNKNOWN",
             ),
             (
+                RequestError::MethodUnknown {
+                    given: Excerpt::of("/a.B/C"),
+                    served: "a.B has D".to_owned(),
+                },
+                Code::Unimplemented,
+                "METHOD_UNKNOWN",
+            ),
+            (
                 RequestError::TensorInvalid {
                     tensor: "image".to_owned(),
                     problem: "two".to_owned(),
@@ -267,7 +277,7 @@ mod tests {
             ),
             (
                 RequestError::PriorityUnknown {
-                    given: "urgent".to_owned(),
+                    given: Excerpt::of("urgent"),
                 },
                 Code::InvalidArgument,
                 "PRIORITY_UNKNOWN",

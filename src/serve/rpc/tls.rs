@@ -16,10 +16,9 @@ use crate::files::FlagFile;
 use crate::serve::metrics::ReloadedFile;
 use crate::serve::metrics::access::AccessMetrics;
 
-/// ALPN protocol of gRPC.
-const ALPN: &[u8] = b"h2";
-/// Additional ALPN protocol if gRPC-Web is served.
-const ALPN_WEB: &[u8] = b"http/1.1";
+/// ALPN protocols, the preferred first: gRPC's, and the one of gRPC-Web, or of
+/// clients that are only told what the port serves.
+const ALPN: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
 /// TLS settings of new connections.
 #[derive(Debug)]
@@ -36,7 +35,6 @@ impl Tls {
         certificate: FlagFile,
         key: FlagFile,
         client_ca: Option<FlagFile>,
-        grpc_web: bool,
     ) -> anyhow::Result<(Latest<Self>, Follower<Self>)> {
         let sources: Vec<FlagFile> = [certificate.clone(), key.clone()]
             .into_iter()
@@ -74,10 +72,7 @@ impl Tls {
                             anyhow::anyhow!("{certificate} with {key} cannot be used: {error}")
                         }
                     })?;
-            config.alpn_protocols = vec![ALPN.to_vec()];
-            if grpc_web {
-                config.alpn_protocols.push(ALPN_WEB.to_vec());
-            }
+            config.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
             Ok(Self {
                 config: Arc::new(config),
                 expiry,
@@ -163,7 +158,6 @@ mod tests {
                 files.source("--tls-cert", cert),
                 files.source("--tls-key", key),
                 ca.map(|ca| files.source("--tls-client-ca", ca)),
-                false,
             );
             let got = match opened {
                 Ok(_) => "fine".to_owned(),

@@ -7,8 +7,9 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 
 use super::parameters::{self, OutputOptions, RequestParameters};
 use super::tensors::{InferInput, put_element};
-use super::{Oip, TEXT_SHOWN, VERSION, metadata};
+use super::{Oip, VERSION, metadata};
 use crate::engine::EngineFacts;
+use crate::excerpt::Excerpt;
 use crate::imaging::{ImageRequest, PreprocessOptions};
 use crate::model::CallTask;
 use crate::model::graph::{Context, Want};
@@ -246,7 +247,7 @@ fn outputs(
             status_at = Some(outputs.len());
             continue;
         }
-        let given: String = tensor.name.chars().take(TEXT_SHOWN).collect();
+        let given = Excerpt::of(&tensor.name);
         if outputs.iter().any(|output| output.name == tensor.name) {
             return Err(invalid(format!("{given} is named twice")));
         }
@@ -324,7 +325,7 @@ fn output(
             kind: Kind::Tokens,
         }),
         name => {
-            let given: String = name.chars().take(TEXT_SHOWN).collect();
+            let given = Excerpt::of(name);
             Err(RequestError::TensorInvalid {
                 tensor: "outputs".to_owned(),
                 problem: format!(

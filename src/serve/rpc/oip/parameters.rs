@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use super::TEXT_SHOWN;
+use crate::excerpt::Excerpt;
 use crate::imaging::{Alpha, Fit, PreprocessOptions};
 use crate::model::head::LinearHead;
 use crate::proto::inference::InferParameter;
@@ -179,7 +179,7 @@ fn refuse_misplaced(name: &str) -> Result<(), RequestError> {
 }
 
 fn misplaced(name: &str) -> RequestError {
-    let name: String = name.chars().take(TEXT_SHOWN).collect();
+    let name = Excerpt::of(name);
     RequestError::OptionInvalid {
         field: "parameters",
         problem: format!("{name} is a parameter of the request, not of this tensor"),
@@ -187,7 +187,7 @@ fn misplaced(name: &str) -> RequestError {
 }
 
 fn ignored(name: &str) {
-    tracing::debug!(name, "ignored an unknown parameter");
+    tracing::debug!(name = ?Excerpt::of(name), "ignored an unknown parameter");
 }
 
 impl OutputOptions {
@@ -264,7 +264,7 @@ fn choice<T: Copy>(
         return Ok(value);
     }
     let names: Vec<&str> = choices.iter().map(|&(name, _)| name).collect();
-    let given: String = given.chars().take(TEXT_SHOWN).collect();
+    let given = Excerpt::of(given);
     Err(invalid(
         field,
         format!("{given:?} is not one of {}", names.join(", ")),
@@ -274,7 +274,7 @@ fn choice<T: Copy>(
 /// Reads one layer as a number, or several as text such as "4,8".
 fn layers(parameter: &InferParameter) -> Result<Vec<u32>, RequestError> {
     let refuse = |given: &str| {
-        let given: String = given.chars().take(TEXT_SHOWN).collect();
+        let given = Excerpt::of(given);
         invalid(
             "layer",
             format!("{given:?} is neither a layer's number nor a comma-separated list of them"),

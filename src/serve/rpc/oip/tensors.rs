@@ -2,7 +2,8 @@
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 
-use super::{TEXT_SHOWN, parameters};
+use super::parameters;
+use crate::excerpt::Excerpt;
 use crate::imaging::{ImageInput, ImageRequest, PreprocessOptions};
 use crate::proto::inference::model_infer_request::InferInputTensor;
 use crate::proto::inference::{InferTensorContents, ModelInferRequest};
@@ -78,7 +79,7 @@ impl InferInput {
             .into_iter()
             .find(|&name| name == tensor.name)
             .ok_or_else(|| {
-                let given: String = tensor.name.chars().take(TEXT_SHOWN).collect();
+                let given = Excerpt::of(&tensor.name);
                 invalid(
                     "inputs",
                     format!("{given:?} is not an input; send {IMAGE}, {INPUT_IDS} or {PIXELS}"),
@@ -194,7 +195,7 @@ fn form(
     positions: usize,
 ) -> Result<(Form, usize, usize), RequestError> {
     let refuse_datatype = |wanted: &str| {
-        let given: String = tensor.datatype.chars().take(TEXT_SHOWN).collect();
+        let given = Excerpt::of(&tensor.datatype);
         Err(invalid(
             name,
             format!("its datatype is {given:?}; it must be {wanted}"),
