@@ -227,6 +227,19 @@ def reference_problems(resources):
                     yield f"{resource['metadata']['name']} mounts {mount['name']}, which is not there"
 
 
+def place_problems(resources):
+    """Objects that would be made in whatever namespace kubectl happens to be in,
+    or that the pool's label does not find."""
+    places = {resource["metadata"]["namespace"] for resource in kinds(resources, "Deployment") + kinds(resources, "Job")}
+    for resource in resources:
+        metadata, name = resource["metadata"], f"{resource['kind']} {resource['metadata']['name']}"
+        place = metadata["name"] if resource["kind"] == "Namespace" else metadata.get("namespace")
+        if {place} != places:
+            yield f"{name} is in the namespace {place}, and the pods are in {', '.join(sorted(places))}"
+        if "app.kubernetes.io/part-of" not in metadata.get("labels", {}):
+            yield f"{name} has no label app.kubernetes.io/part-of"
+
+
 def documented_problems(built):
     """The README's overlay changes what it says it changes."""
     resources = built["deploy/README.md's overlay"]
@@ -573,6 +586,7 @@ def main():
     check("schemas find mistakes", schema_self_problems(args.tools, built))
     for name, problems in [("pods are restricted", restricted_problems),
                            ("selectors, ports and names lead somewhere", reference_problems),
+                           ("all objects are in the pool's namespace", place_problems),
                            ("times and memory add up", arithmetic_problems)]:
         check(name, (f"{where}: {problem}" for where, resources in built.items() for problem in problems(resources)))
     check("deploy/README.md's overlay does what it says", documented_problems(built))
