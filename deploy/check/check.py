@@ -22,6 +22,7 @@ import kubernetes_validate
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import chart
 import queries
 from worker import Worker
 
@@ -260,12 +261,21 @@ def mebibytes(text):
     return int(number) * {"M": 1, "G": 1024}[unit[0]]
 
 
+def whole(quantity):
+    """CPUs as the downward API gives them: rounded up."""
+    text = str(quantity)
+    return str(-(-int(text.removesuffix("m")) // 1000)) if text.endswith("m") else text
+
+
 def settings(resources):
     """The worker's environment as Kubernetes would give it."""
     for deployment in kinds(resources, "Deployment"):
         container = deployment["spec"]["template"]["spec"]["containers"][0]
         found = {}
         for source in container.get("envFrom", []):
+            # The contents of secrets are not here.
+            if "configMapRef" not in source:
+                continue
             config = next(c for c in kinds(resources, "ConfigMap")
                           if c["metadata"]["name"] == source["configMapRef"]["name"])
             found |= config["data"]
@@ -273,7 +283,7 @@ def settings(resources):
             field = variable.get("valueFrom", {}).get("resourceFieldRef")
             if field:
                 limits, resource = field["resource"].split(".")
-                found[variable["name"]] = container["resources"][limits][resource]
+                found[variable["name"]] = whole(container["resources"][limits][resource])
         yield deployment, container, found
 
 
@@ -387,8 +397,11 @@ def start_problems(binary, built):
             with tempfile.TemporaryDirectory() as scratch:
                 scratch = pathlib.Path(scratch)
                 certificates(scratch)
-                local = {variable: value.replace("/tls/", f"{scratch}/") if value.startswith("/tls/") else value
-                         for variable, value in environment.items()}
+                local = {variable: f"{scratch}/{file}" if folder in ("/tls", "/auth") else value
+                         for variable, value in environment.items()
+                         for folder, _, file in [value.rpartition("/")]}
+                if "IMAGEGPT_AUTH_TOKENS_FILE" in local:
+                    pathlib.Path(local["IMAGEGPT_AUTH_TOKENS_FILE"]).write_text("a-token-of-32-characters-or-more\n")
                 try:
                     with Worker(binary, environment=local) as worker:
                         worker.until_ready()
@@ -574,6 +587,7 @@ def main():
     args = parser.parse_args()
     print(f"worker: {args.worker}")
     built = build(args.tools)
+    built |= chart.checked(args.tools, check, built)
     for name, resources in built.items():
         if name.startswith("combination"):
             continue
