@@ -23,6 +23,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import chart
+import kserve
 import queries
 from worker import Worker
 
@@ -588,6 +589,8 @@ def main():
     print(f"worker: {args.worker}")
     built = build(args.tools)
     built |= chart.checked(args.tools, check, built)
+    built["deploy/kserve"] = kserve.as_deployment()
+    check("KServe's runtime has the overlay cpu's settings", kserve.problems(built["overlays/cpu"]))
     for name, resources in built.items():
         if name.startswith("combination"):
             continue
