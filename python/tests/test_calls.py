@@ -252,13 +252,15 @@ def test_a_pickled_client_connects_anew() -> None:
         ({"endpoints": "localhost"}, "port"),
         ({"endpoints": "localhost:0"}, "port"),
         ({"endpoints": "::1:50051"}, "brackets"),
-        ({"endpoints": "ftp://host:1"}, "host"),
+        ({"endpoints": "ftp://host:1"}, "known"),
         ({"endpoints": []}, "names no worker"),
         ({"endpoints": "http://host:1", "tls_ca": "ca.pem"}, "https://"),
         ({"endpoints": "http://host:1", "tls": True}, "contradicts"),
         ({"endpoints": "host:1", "tls_client_cert": "a.pem"}, "together"),
         ({"endpoints": "host:1", "token": "a", "token_file": "b"}, "both"),
         ({"endpoints": "host:1", "timeout": 0}, "timeout"),
+        ({"endpoints": "http://user:secret@host:1"}, "known"),
+        ({"endpoints": "host:1", "token": "a\nb"}, "one line"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_sent(

@@ -241,3 +241,29 @@ def test_wrong_arguments_are_refused(paths: list[str]) -> None:
 def test_a_worker_that_is_not_there_is_an_error(paths: list[str]) -> None:
     with pytest.raises(UnavailableError):
         table(paths).map(Embedder("127.0.0.1:9", timeout=0.5), batched=True)
+
+
+def test_all_layers_are_those_of_one_run(models: Path, paths: list[str]) -> None:
+    with LocalWorker(models / "emoji", fake_engine="0ms") as worker:
+        rows = table(paths[:3]).map(Embedder(worker.endpoint, layers="all"), batched=True)
+    names = [name for name in rows.column_names if name.startswith("embedding")]
+    assert names == [f"embedding_{layer}" for layer in range(7)]
+
+
+def test_columns_of_arrays_are_pictures(emoji: LocalWorker, paths: list[str], vectors: Any) -> None:
+    pixels = [numpy.asarray(PIL.Image.open(path).convert("RGB")) for path in paths[:3]]
+    shape = pixels[0].shape
+    features = datasets.Features({"image": datasets.Array3D(shape, "uint8")})
+    rows = Dataset.from_dict({"image": pixels}, features=features)
+    embedder = Embedder(emoji.endpoint, layers=8)
+    plain = rows.map(embedder, batched=True)
+    assert plain["error"][:] == [""] * 3
+    formatted = rows.with_format("numpy").map(embedder, batched=True)
+    assert list(formatted["error"]) == [""] * 3
+
+
+def test_names_of_columns_that_are_equal_are_refused() -> None:
+    with pytest.raises(ValueError, match="three names"):
+        Embedder("host:1", output="x", error_column="x")
+    with pytest.raises(ValueError, match="three names"):
+        Embedder("host:1", output="image")

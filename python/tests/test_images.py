@@ -63,6 +63,20 @@ def test_pillow_images_of_every_mode_are_what_convert_says(
     numpy.testing.assert_array_equal(got, wanted)
 
 
+def test_modes_of_pillow_that_png_lacks_keep_gray_and_transparency(emoji: LocalWorker) -> None:
+    random = numpy.random.default_rng(5)
+    gray = PIL.Image.fromarray(random.integers(0, 65536, (40, 40), numpy.uint16).astype(">u2"))
+    assert gray.mode == "I;16B"
+    file = io.BytesIO()
+    gray.save(file, "TIFF")
+    by_file, by_pillow = emoji.tokenize([file.getvalue(), gray])
+    numpy.testing.assert_array_equal(by_file, by_pillow)
+    noise = PIL.Image.fromarray(random.integers(0, 256, (40, 40, 4), numpy.uint8), "RGBA")
+    premultiplied = noise.convert("RGBa")
+    got, wanted = emoji.tokenize([premultiplied, premultiplied.convert("RGBA")], alpha="white")
+    numpy.testing.assert_array_equal(got, wanted)
+
+
 def test_the_orientation_of_a_photograph_is_applied_once(emoji: LocalWorker) -> None:
     random = numpy.random.default_rng(3)
     image = PIL.Image.fromarray(random.integers(0, 256, (30, 50, 3), numpy.uint8))

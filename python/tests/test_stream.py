@@ -391,3 +391,35 @@ def test_the_status_of_a_worker_is_seen_although_items_are_on_their_way() -> Non
             check(list(client.embed_stream(images)), images)
         assert worker.streams == 20 or worker.streams == 21
         assert len(worker.read) == 400
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 1.5}, {"window": True}, {"window": -1}, {"priority": 1}, {"item_timeout": "5"}],
+)
+def test_wrong_options_of_a_stream_are_refused_at_once(options: dict[str, Any]) -> None:
+    with FakeWorker() as worker, Client(worker.endpoint) as client:
+        with pytest.raises((TypeError, ValueError), match=next(iter(options))):
+            client.embed_stream(contents(3), **options)
+        assert worker.streams == 0
+
+
+@pytest.mark.parametrize("source", [None, 5, "a.png", b"bytes", {"id": b"image"}])
+def test_what_is_no_iterable_of_images_is_refused_at_once(source: Any) -> None:
+    with FakeWorker() as worker, Client(worker.endpoint) as client:
+        with pytest.raises(TypeError, match="images"):
+            client.embed_stream(source)
+        assert worker.streams == 0
+
+
+def test_a_fault_within_a_stream_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise AttributeError("a fault")
+
+    monkeypatch.setattr(imagegpt.stream.EmbedStream, "_check_opened", broken)
+    with (
+        FakeWorker() as worker,
+        Client(worker.endpoint) as client,
+        pytest.raises(AttributeError, match="a fault"),
+    ):
+        list(client.embed_stream(contents(3)))

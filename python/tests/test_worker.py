@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import pytest
 
 from imagegpt import (
     Client,
+    DeadlineExceededError,
     ImageError,
     InvalidImageError,
     InvalidRequestError,
@@ -27,6 +31,7 @@ from imagegpt import (
     WorkerStartError,
     find_program,
 )
+from imagegpt.loop import GrpcLoop
 from imagegpt.v1 import imagegpt_pb2 as pb
 from imagegpt.v1 import imagegpt_pb2_grpc
 from imagegpt.worker import arguments
@@ -384,3 +389,143 @@ def test_the_program_of_the_variable_goes_first(monkeypatch: pytest.MonkeyPatch)
     assert find_program() == Path("/somewhere/imagegpt")
     with pytest.raises(WorkerStartError, match="/somewhere/imagegpt"):
         LocalWorker("models/emoji")
+
+
+@pytest.fixture(scope="module")
+def quick(models: Path) -> Any:
+    """Worker whose answers are made up."""
+    with LocalWorker(models / "emoji", fake_engine="0ms") as worker:
+        yield worker
+
+
+def test_an_iterable_may_use_the_client_and_is_read_in_the_calling_thread(
+    quick: LocalWorker, pictures: list[Path]
+) -> None:
+    threads = set()
+
+    def source() -> Any:
+        for path in pictures[:3]:
+            threads.add(threading.current_thread())
+            yield quick.tokenize([path])[0]
+
+    assert quick.embed(source()).shape == (3, 4)
+    assert len(list(quick.embed_stream(source()))) == 3
+    assert threads == {threading.current_thread()}
+
+    def leaves() -> Any:
+        yield pictures[0]
+        raise SystemExit("missing")
+
+    with pytest.raises(SystemExit):
+        quick.embed(leaves())
+    assert quick.model().name == "emoji"
+
+
+def test_the_garbage_collector_may_free_streams_and_clients_anywhere(
+    quick: LocalWorker, pictures: list[Path]
+) -> None:
+    content = pictures[0].read_bytes()
+
+    class Reader:
+        def __init__(self) -> None:
+            self.client = Client(quick.endpoint)
+            self.stream = self.client.embed_stream([content] * 1000)
+            next(self.stream)
+            self.me = self
+
+        def __del__(self) -> None:
+            self.client.close()
+
+    for _ in range(20):
+        Reader()
+        # As the collector does when the loop's thread makes garbage.
+        GrpcLoop.get().run(asyncio.to_thread(int))
+        asyncio.run_coroutine_threadsafe(collect(), GrpcLoop.get().loop).result(30)
+    assert quick.embed([content]).shape == (1, 4)
+
+
+async def collect() -> None:
+    gc.collect()
+
+
+def test_a_timeout_holds_for_the_first_call_too(models: Path, pictures: list[Path]) -> None:
+    with LocalWorker(models / "emoji", fake_engine="0ms") as worker:
+        client = Client(worker.endpoint)
+        os.kill(worker.pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        try:
+            with pytest.raises(DeadlineExceededError):
+                client.embed(pictures[:1], timeout=1)
+        finally:
+            os.kill(worker.pid, signal.SIGCONT)
+        assert time.monotonic() - begun < 10
+
+
+def test_times_that_no_clock_has_are_no_limit_and_wrong_ones_are_refused(
+    quick: LocalWorker, models: Path, pictures: list[Path]
+) -> None:
+    for timeout in (float("inf"), 1e20, 1e12):
+        assert quick.embed(pictures[:1], timeout=timeout).shape == (1, 4)
+    for wrong, kind in (
+        (0, ValueError),
+        (-1, ValueError),
+        (float("nan"), ValueError),
+        ("5", TypeError),
+    ):
+        with pytest.raises(kind, match="timeout"):
+            quick.embed(pictures[:1], timeout=wrong)  # type: ignore[call-overload]
+        with pytest.raises(kind, match="start_timeout"):
+            LocalWorker(models / "emoji", start_timeout=wrong)  # type: ignore[arg-type]
+
+
+def test_a_stream_of_a_local_worker_that_has_ended_says_so_at_once(
+    models: Path, pictures: list[Path]
+) -> None:
+    with LocalWorker(models / "emoji", fake_engine="20ms") as worker:
+        stream = worker.embed_stream(pictures * 100)
+        next(stream)
+        os.kill(worker.pid, signal.SIGKILL)
+        begun = time.monotonic()
+        with pytest.raises(UnavailableError, match="-9") as caught:
+            list(stream)
+        assert time.monotonic() - begun < 10
+        assert caught.value.items
+
+
+def test_a_worker_that_is_ready_at_once_is_seen(models: Path) -> None:
+    for _ in range(20):
+        LocalWorker(models / "emoji", fake_engine="0ms").close()
+
+
+def test_a_forked_child_does_not_keep_the_worker(models: Path) -> None:
+    worker = LocalWorker(models / "emoji", fake_engine="0ms")
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    begun = time.monotonic()
+    worker.close()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert time.monotonic() - begun < 10
+
+
+def test_an_interrupt_of_the_terminal_is_for_the_program(quick: LocalWorker) -> None:
+    assert os.getpgid(quick.pid) != os.getpgid(0)
+
+
+@pytest.mark.parametrize("flag", ["listen", "log", "auth_tokens_file", "tls_cert"])
+def test_flags_that_a_local_worker_gives_itself_are_refused(models: Path, flag: str) -> None:
+    with pytest.raises(TypeError, match=flag):
+        LocalWorker(models / "emoji", **{flag: "x"})
+
+
+def test_an_image_that_no_request_holds_is_an_error_of_its_own(quick: LocalWorker) -> None:
+    small, large = numpy.zeros((40, 40, 3), "u1"), numpy.zeros((9000, 9000, 3), "u1")
+    got = quick.embed([small, large, small], on_error="return")
+    assert isinstance(got[1], InvalidImageError)
+    assert "--request-bytes-max" in str(got[1])
+    assert not isinstance(got[2], ImageError)
+    streamed = dict(quick.embed_stream([small, large, small]))
+    assert isinstance(streamed[1], InvalidImageError)
+    assert not isinstance(streamed[2], ImageError)

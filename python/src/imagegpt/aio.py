@@ -7,8 +7,8 @@ import contextlib
 import functools
 import sys
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterable,
-    AsyncIterator,
     Callable,
     Coroutine,
     Iterable,
@@ -18,8 +18,17 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy
 
-from imagegpt.core import ClientBase, ClientCore, OnError, accept, as_given, with_items
-from imagegpt.errors import ClosedError, ImageError
+from imagegpt.core import (
+    ClientBase,
+    ClientCore,
+    OnError,
+    accept,
+    as_given,
+    check_images,
+    check_stream_source,
+    with_items,
+)
+from imagegpt.errors import ImageError
 from imagegpt.images import ImageInput
 from imagegpt.ledger import Ledger
 from imagegpt.loop import GrpcLoop
@@ -133,9 +142,10 @@ class AsyncClient(ClientBase):
     ) -> NDArray[Any] | list[NDArray[Any] | ImageError]:
         """Returns feature vectors; see :meth:`imagegpt.Client.embed`."""
         core = self._core()
+        given = check_images(images)
         return await self._run(
             core.embed(
-                images,
+                given,
                 layers=layers,
                 pooling=pooling,
                 fit=fit,
@@ -195,9 +205,10 @@ class AsyncClient(ClientBase):
     ) -> list[Classification] | list[Classification | ImageError]:
         """Returns class scores; see :meth:`imagegpt.Client.classify`."""
         core = self._core()
+        given = check_images(images)
         return await self._run(
             core.classify(
-                images,
+                given,
                 top_k=top_k,
                 logits=logits,
                 head=head,
@@ -251,9 +262,10 @@ class AsyncClient(ClientBase):
     ) -> list[Score] | list[Score | ImageError]:
         """Returns likelihoods; see :meth:`imagegpt.Client.score`."""
         core = self._core()
+        given = check_images(images)
         return await self._run(
             core.score(
-                images,
+                given,
                 map=map,
                 complexity=complexity,
                 fit=fit,
@@ -300,9 +312,10 @@ class AsyncClient(ClientBase):
     ) -> NDArray[numpy.uint16] | list[NDArray[numpy.uint16] | ImageError]:
         """Returns color tokens; see :meth:`imagegpt.Client.tokenize`."""
         core = self._core()
+        given = check_images(images)
         return await self._run(
             core.tokenize(
-                images, fit=fit, alpha=alpha, priority=priority, timeout=timeout, on_error=on_error
+                given, fit=fit, alpha=alpha, priority=priority, timeout=timeout, on_error=on_error
             )
         )
 
@@ -474,13 +487,15 @@ class AsyncClient(ClientBase):
         give_up_after: float = 600.0,
         priority: Priority | None = None,
         on_error: OnError = "return",
-    ) -> AsyncIterator[tuple[Any, Any]]:
+    ) -> AsyncGenerator[tuple[Any, Any], None]:
         """Embeds any number of images; see :meth:`imagegpt.Client.embed_stream`.
 
         ``images`` may also be an asynchronous iterable. A plain iterable is read
         within the event loop, so it should not block.
         """
         core = self._core()
+        if not isinstance(images, AsyncIterable):
+            check_stream_source(images)
         embed, options = core.stream_options(
             layers=layers,
             pooling=pooling,
@@ -506,7 +521,7 @@ class AsyncClient(ClientBase):
         options: StreamOptions,
         is_ordered: bool,
         raises: bool,
-    ) -> AsyncIterator[tuple[Any, Any]]:
+    ) -> AsyncGenerator[tuple[Any, Any], None]:
         ledger = Ledger(is_ordered)
         here, changed = asyncio.get_running_loop(), asyncio.Event()
         failures: list[BaseException] = []
@@ -527,6 +542,8 @@ class AsyncClient(ClientBase):
             with contextlib.suppress(RuntimeError):
                 here.call_soon_threadsafe(call, *arguments)
 
+        source: Any = aiter(images) if isinstance(images, AsyncIterable) else iter(images)
+        pull = _pull_async if isinstance(images, AsyncIterable) else _pull
         loop = GrpcLoop.get()
         stream = core.stream(
             embed,
@@ -536,13 +553,10 @@ class AsyncClient(ClientBase):
             functools.partial(tell, changed.set),
         )
         loop.soon(stream.start)
-        source: Any = aiter(images) if isinstance(images, AsyncIterable) else iter(images)
-        pull = _pull_async if isinstance(images, AsyncIterable) else _pull
         is_done = False
         try:
             while True:
-                if self._closed:
-                    raise ClosedError("the client is closed")
+                self._check_usable(ledger)
                 outcome = ledger.pop()
                 if outcome is not None:
                     if raises and isinstance(outcome[1], ImageError):
@@ -553,7 +567,7 @@ class AsyncClient(ClientBase):
                 elif not is_done and ledger.has_room(stream.capacity):
                     item, is_done = await pull(source)
                     if not is_done:
-                        task = accept(ledger, item, stream.image_bytes_max)
+                        task = accept(ledger, item, stream)
                         if task is not None:
                             loop.soon(stream.add, [task])
                         # Lets other tasks run although nothing was waited for.

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import queue
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy
 
-from imagegpt.core import ClientBase, ClientCore, OnError, accept, as_given, with_items
-from imagegpt.errors import ClosedError, ImageError
+from imagegpt.core import (
+    ClientBase,
+    ClientCore,
+    OnError,
+    accept,
+    as_given,
+    check_images,
+    check_stream_source,
+    with_items,
+)
+from imagegpt.errors import ImageError
 from imagegpt.images import ImageInput
 from imagegpt.ledger import Ledger
 from imagegpt.loop import GrpcLoop
@@ -91,7 +99,7 @@ class Client(ClientBase):
         :class:`~imagegpt.ClosedError`."""
         inner = self._closing()
         if inner is not None:
-            GrpcLoop.get().run(inner.close())
+            GrpcLoop.get().finish(inner.close())
 
     def model(self, *, timeout: float | None = None) -> ModelInfo:
         """Returns the model that the workers serve, asked anew.
@@ -191,9 +199,11 @@ class Client(ClientBase):
             InvalidRequestError: The model does not have these features.
         """
         core = self._core()
+        # Read here: an iterable may be bound to this thread, or use the client.
+        given = check_images(images)
         return GrpcLoop.get().run(
             core.embed(
-                images,
+                given,
                 layers=layers,
                 pooling=pooling,
                 fit=fit,
@@ -272,9 +282,11 @@ class Client(ClientBase):
             UnimplementedError: The model cannot classify.
         """
         core = self._core()
+        # Read here: an iterable may be bound to this thread, or use the client.
+        given = check_images(images)
         return GrpcLoop.get().run(
             core.classify(
-                images,
+                given,
                 top_k=top_k,
                 logits=logits,
                 head=head,
@@ -344,9 +356,11 @@ class Client(ClientBase):
             UnimplementedError: The model cannot score.
         """
         core = self._core()
+        # Read here: an iterable may be bound to this thread, or use the client.
+        given = check_images(images)
         return GrpcLoop.get().run(
             core.score(
-                images,
+                given,
                 map=map,
                 complexity=complexity,
                 fit=fit,
@@ -406,9 +420,11 @@ class Client(ClientBase):
             ImageError: An image failed, with ``on_error="raise"``.
         """
         core = self._core()
+        # Read here: an iterable may be bound to this thread, or use the client.
+        given = check_images(images)
         return GrpcLoop.get().run(
             core.tokenize(
-                images,
+                given,
                 fit=fit,
                 alpha=alpha,
                 priority=priority,
@@ -626,7 +642,7 @@ class Client(ClientBase):
         give_up_after: float = ...,
         priority: Priority | None = ...,
         on_error: Literal["return"] = ...,
-    ) -> Iterator[tuple[Any, NDArray[Any] | ImageError]]: ...
+    ) -> Generator[tuple[Any, NDArray[Any] | ImageError], None, None]: ...
 
     @overload
     def embed_stream(
@@ -647,7 +663,7 @@ class Client(ClientBase):
         give_up_after: float = ...,
         priority: Priority | None = ...,
         on_error: Literal["raise"],
-    ) -> Iterator[tuple[Any, NDArray[Any]]]: ...
+    ) -> Generator[tuple[Any, NDArray[Any]], None, None]: ...
 
     def embed_stream(
         self,
@@ -667,7 +683,7 @@ class Client(ClientBase):
         give_up_after: float = 600.0,
         priority: Priority | None = None,
         on_error: OnError = "return",
-    ) -> Iterator[tuple[Any, Any]]:
+    ) -> Generator[tuple[Any, Any], None, None]:
         """Embeds any number of images over all workers, in bounded memory.
 
         Every image is given out once: as a vector or as an error. A worker that
@@ -706,6 +722,7 @@ class Client(ClientBase):
             WorkerError: ``items`` of these errors are the ids without an answer.
         """
         core = self._core()
+        check_stream_source(images)
         embed, options = core.stream_options(
             layers=layers,
             pooling=pooling,
@@ -721,17 +738,17 @@ class Client(ClientBase):
             priority=priority,
             on_error=on_error,
         )
-        return self._stream(core, images, embed, options, ordered, on_error == "raise")
+        return self._stream(core, iter(images), embed, options, ordered, on_error == "raise")
 
     def _stream(
         self,
         core: ClientCore,
-        images: Iterable[Any],
+        source: Iterator[Any],
         embed: EmbedOptions,
         options: StreamOptions,
         is_ordered: bool,
         raises: bool,
-    ) -> Iterator[tuple[Any, Any]]:
+    ) -> Generator[tuple[Any, Any], None, None]:
         ledger = Ledger(is_ordered)
         # What the loop says: an answer, an error, or None when a worker has opened a
         # stream. Bounded by the ledger, since each image has one answer.
@@ -739,7 +756,6 @@ class Client(ClientBase):
         loop = GrpcLoop.get()
         stream = core.stream(embed, options, news.put, news.put, lambda: news.put(None))
         loop.soon(stream.start)
-        source = iter(images)
         is_done = False
         batch: list[Task] = []
 
@@ -766,8 +782,7 @@ class Client(ClientBase):
 
         try:
             while True:
-                if self._closed:
-                    raise ClosedError("the client is closed")
+                self._check_usable(ledger)
                 while take(is_waiting=False):
                     pass
                 outcome = ledger.pop()
@@ -782,7 +797,7 @@ class Client(ClientBase):
                     except StopIteration:
                         is_done = True
                         continue
-                    task = accept(ledger, item, stream.image_bytes_max)
+                    task = accept(ledger, item, stream)
                     if task is not None:
                         batch.append(task)
                     if len(batch) >= _HANDOVER:
@@ -793,6 +808,4 @@ class Client(ClientBase):
                     hand_over()
                     take(is_waiting=True)
         finally:
-            # While the interpreter ends, the loop's thread no longer runs.
-            if not sys.is_finalizing():
-                loop.run(stream.close())
+            loop.finish(stream.close())

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import os
 import threading
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import grpc
@@ -58,6 +58,9 @@ _REQUESTS = 2
 # encoding of the message.
 _FILL = 0.95
 
+# Longest timeout in seconds that is passed on: 30 years. gRPC's clock overflows at
+# longer ones, which would then be over at once.
+_TIMEOUT_MAX = 1e9
 # Reasons of a call that fails because of its only image.
 _OF_IMAGES = frozenset({"IMAGE_INVALID", "IMAGE_MISSING"})
 
@@ -94,6 +97,35 @@ def check_images(images: Iterable[ImageInput]) -> list[ImageInput]:
         kind = type(images).__name__
         raise TypeError(f"images is a single {kind}; give a list of images, [image]")
     return list(images)
+
+
+def check_stream_source(images: Iterable[Any]) -> None:
+    """Checks that the images of a stream are several.
+
+    Raises:
+        TypeError: The argument is a single image, a mapping, or no iterable.
+    """
+    if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Mapping)):
+        kind = type(images).__name__
+        raise TypeError(f"images is a {kind}; give an iterable of images or of pairs (id, image)")
+    if not hasattr(images, "__iter__"):
+        raise TypeError(f"images is a {type(images).__name__}, which is no iterable")
+
+
+def checked_timeout(name: str, value: float | None) -> float | None:
+    """Returns a time in seconds; one that is longer than gRPC's clock counts as none.
+
+    Raises:
+        TypeError, ValueError: The value is no time above 0.
+    """
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}={value!r} is no time in seconds")
+    seconds = float(value)
+    if not seconds > 0:
+        raise ValueError(f"{name}={value} is no time in seconds above 0")
+    return None if seconds > _TIMEOUT_MAX else seconds
 
 
 def raise_first(outcomes: Sequence[_T | ImageError]) -> list[_T]:
@@ -140,9 +172,7 @@ class ClientCore:
             token=token,
             token_file=token_file,
         )
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout={timeout} is no time in seconds above 0")
-        self._timeout = timeout
+        self._timeout = checked_timeout("timeout", timeout)
         self._digest = digest
         self._connections = Connections(self._connect)
         self._model: ModelInfo | None = None
@@ -159,15 +189,19 @@ class ClientCore:
                 pb.GetModelRequest(), timeout=left, metadata=metadata
             ),
             items=(),
-            timeout=self._timeout if timeout is None else timeout,
+            timeout=self._wait(timeout),
         )
         self._check_digest(message.digest, self._digest, ())
         self._model = ModelInfo.of(message)
         return self._model
 
-    async def _known_model(self) -> ModelInfo:
+    def _wait(self, timeout: float | None) -> float | None:
+        """Returns the timeout of a call, or else the client's."""
+        return self._timeout if timeout is None else checked_timeout("timeout", timeout)
+
+    async def _known_model(self, timeout: float | None) -> ModelInfo:
         """Returns the model as a call found it before, for the limits."""
-        return self._model if self._model is not None else await self.model()
+        return self._model if self._model is not None else await self.model(timeout=timeout)
 
     def _check_digest(self, digest: str, wanted: str | None, items: Sequence[Hashable]) -> None:
         if wanted is None or digest == wanted:
@@ -195,7 +229,7 @@ class ClientCore:
         """Returns feature vectors; see :meth:`imagegpt.Client.embed`."""
         options = EmbedOptions.checked(layers, pooling, fit, alpha, context, norm, normalize, dtype)
         given = self._checked(images, on_error)
-        model = await self._known_model()
+        model = await self._known_model(timeout)
         template = options.request(model)
         n_vectors = model.positions if pooling == "none" else max(1, len(template.layers))
         outcomes = await self._in_requests(
@@ -267,7 +301,7 @@ class ClientCore:
             preprocess=preprocess(fit, alpha), map=map, complexity=complexity
         )
         given = self._checked(images, on_error)
-        model = await self._known_model()
+        model = await self._known_model(timeout)
         outcomes = await self._in_requests(
             given,
             lambda stub: stub.Score,
@@ -305,7 +339,7 @@ class ClientCore:
         tokens = raise_first(outcomes)
         if tokens:
             return numpy.stack(tokens)
-        return numpy.empty((0, (await self._known_model()).positions), numpy.uint16)
+        return numpy.empty((0, (await self._known_model(timeout)).positions), numpy.uint16)
 
     def stream_options(
         self,
@@ -330,7 +364,7 @@ class ClientCore:
             TypeError, ValueError: An option has a value that no worker takes.
         """
         check_on_error(on_error)
-        check_stream_options(window, item_timeout, give_up_after)
+        check_stream_options(window, item_timeout, give_up_after, priority)
         embed = EmbedOptions.checked(layers, pooling, fit, alpha, context, norm, normalize, dtype)
         return embed, StreamOptions(
             window=window,
@@ -373,7 +407,7 @@ class ClientCore:
         outcomes: list[_T | ImageError | None] = [None] * len(images)
         if not images:
             return []
-        limits = (await self._known_model()).limits
+        limits = (await self._known_model(timeout)).limits
         per_call = max(1, limits.images_per_call_max)
         if result_bytes:
             per_call = max(1, min(per_call, limits.response_bytes_max // result_bytes))
@@ -392,7 +426,7 @@ class ClientCore:
                         message, timeout=left, metadata=metadata
                     ),
                     items=[index for index, _ in batch],
-                    timeout=self._timeout if timeout is None else timeout,
+                    timeout=self._wait(timeout),
                     priority=priority,
                 )
             except WorkerError as error:
@@ -410,6 +444,7 @@ class ClientCore:
                 outcomes[index] = _outcome(index, result, value)
 
         running: set[asyncio.Task[None]] = set()
+        begun: list[asyncio.Task[None]] = []
         try:
             for start in range(0, len(images), per_call):
                 group = range(start, min(start + per_call, len(images)))
@@ -418,6 +453,7 @@ class ClientCore:
                     [images[index] for index in group],
                     start,
                     limits.image_bytes_max,
+                    bytes_max,
                 )
                 for index, image in zip(group, converted, strict=True):
                     if isinstance(image, ImageError):
@@ -434,7 +470,8 @@ class ClientCore:
                         )
                         for task in done:
                             task.result()
-                    running.add(asyncio.get_running_loop().create_task(send(batch)))
+                    begun.append(asyncio.get_running_loop().create_task(send(batch)))
+                    running.add(begun[-1])
             while running:
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
@@ -442,7 +479,8 @@ class ClientCore:
         finally:
             for task in running:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            # Also takes the errors of requests beside the one that failed first.
+            await asyncio.gather(*begun, return_exceptions=True)
         return [outcome for outcome in outcomes if outcome is not None]
 
     async def generate(
@@ -496,7 +534,7 @@ class ClientCore:
             raise ValueError("give either rows, kept from the top, or a mask of kept pixels")
         request = _generate_request(samples, temperature, top_k, top_p, seed, scale, log_probs)
         self._connections.check_open()
-        limits = (await self._known_model()).limits
+        limits = (await self._known_model(timeout)).limits
         message = await asyncio.to_thread(to_message, image, 0, limits.image_bytes_max)
         primer = pb.ImagePrimer(image=message, preprocess=preprocess(fit, alpha))
         if mask is None:
@@ -553,7 +591,7 @@ class ClientCore:
         failure = await self._connections.call(
             attempt,
             items=numbers,
-            timeout=self._timeout if timeout is None else timeout,
+            timeout=self._wait(timeout),
             priority=priority,
         )
         for digest in digests[-1:]:
@@ -619,6 +657,12 @@ class ClientBase:
                 self._inner, self._process = ClientCore(**self._arguments), os.getpid()
             return self._inner
 
+    def _check_usable(self, ledger: Ledger) -> None:
+        """Raises the error of a client that can give no further answers to a
+        stream."""
+        if self._closed:
+            raise ClosedError("the client is closed")
+
     def _closing(self) -> ClientCore | None:
         """Marks the client as closed; returns the core that is left to be closed."""
         if self._closed:
@@ -640,14 +684,14 @@ def with_items(error: BaseException, ledger: Ledger) -> BaseException:
     return error
 
 
-def accept(ledger: Ledger, item: Any, bytes_max: int) -> Task | None:
+def accept(ledger: Ledger, item: Any, stream: EmbedStream) -> Task | None:
     """Takes an item of a stream in: an image, whose id is its number, or a pair of
     an id and an image. Returns ``None`` if the image cannot be sent; its error is
     in the ledger then."""
     has_id = isinstance(item, tuple) and len(item) == 2
     number = ledger.accept(item[0] if has_id else ledger.number)
     id, image = item if has_id else (number, item)
-    message = _converted(image, id, bytes_max)
+    message = _converted(image, id, stream.image_bytes_max, stream.message_bytes_max)
     if isinstance(message, ImageError):
         ledger.settle(number, message)
         return None
@@ -664,17 +708,22 @@ def as_given(array: NDArray[Any], options: EmbedOptions) -> NDArray[Any]:
     return array[numpy.newaxis] if is_one else array
 
 
-def _converted(image: ImageInput, id: Hashable, bytes_max: int) -> pb.Image | ImageError:
+def _converted(
+    image: ImageInput, id: Hashable, bytes_max: int, message_max: int
+) -> pb.Image | ImageError:
     try:
-        return to_message(image, id, bytes_max)
+        return to_message(image, id, bytes_max, message_max)
     except InvalidImageError as error:
         return error
 
 
 def _all_converted(
-    images: list[ImageInput], start: int, bytes_max: int
+    images: list[ImageInput], start: int, bytes_max: int, message_max: int
 ) -> list[pb.Image | ImageError]:
-    return [_converted(image, start + offset, bytes_max) for offset, image in enumerate(images)]
+    return [
+        _converted(image, start + offset, bytes_max, message_max)
+        for offset, image in enumerate(images)
+    ]
 
 
 def _by_bytes(

@@ -98,6 +98,11 @@ class Embedder:
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error={on_error!r} is neither 'raise' nor 'return'")
         options = EmbedOptions.checked(layers, pooling, fit, alpha, context, norm, normalize, dtype)
+        if len({column, output, error_column}) < 3:
+            raise ValueError(
+                f"column={column!r}, output={output!r} and error_column={error_column!r} are not "
+                "three names"
+            )
         # Equal arguments give equal fingerprints, so they are kept in one form.
         self._column, self._output, self._error_column = column, output, error_column
         self._raises = on_error == "raise"
@@ -142,6 +147,10 @@ class Embedder:
             ImageError: An image failed, with ``on_error="raise"``.
             WorkerError: No worker answers, or the model does not have the features.
         """
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"the batch is a {type(batch).__name__}; call map on rows.with_format(None)"
+            )
         if self._column not in batch:
             raise KeyError(
                 f"the batch has no column {self._column!r}; it has {', '.join(map(repr, batch))}"
@@ -198,7 +207,9 @@ class Embedder:
         layers = self._embed["layers"]
         if layers == "all":
             if self._layers is None:
-                self._layers = list(client.model().layers_served)
+                model = client.model()
+                # Those of one run, as the client's "all".
+                self._layers = [n for n in model.layers_served if n <= model.layer_default]
             layers = self._layers
         return [f"{self._output}_{layer}" for layer in layers]
 
@@ -224,10 +235,21 @@ class Embedder:
 
 
 def _picture(image: Any) -> Any:
-    """Returns an image as the client takes it: an array of gray pixels, or of pixels
-    with transparency, as ``with_format("numpy")`` gives pictures of these modes, as a
-    Pillow image."""
-    if not isinstance(image, numpy.ndarray) or image.dtype != numpy.uint8:
+    """Returns an image as the client takes it: nested lists and arrays of whole
+    numbers, as columns of arrays have them, as pixels or tokens; an array of gray
+    pixels, or of pixels with transparency, as ``with_format("numpy")`` gives pictures
+    of these modes, as a Pillow image."""
+    if isinstance(image, list):
+        try:
+            image = numpy.asarray(image)
+        except ValueError:  # Rows of different lengths.
+            return numpy.zeros((0, 0))
+    if not isinstance(image, numpy.ndarray):
+        return image
+    is_whole = image.ndim > 1 and image.dtype.kind in "iu" and image.size
+    if is_whole and image.min() >= 0 and image.max() <= 255:
+        image = image.astype(numpy.uint8)
+    if image.dtype != numpy.uint8:
         return image
     if image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (2, 4)):
         import PIL.Image

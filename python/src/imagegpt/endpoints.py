@@ -74,6 +74,9 @@ class Endpoint:
             if text.startswith(scheme):
                 rest, tls = text.removeprefix(scheme).removesuffix("/"), uses_tls
                 break
+        scheme, separator, _ = rest.partition("://")
+        if separator or "@" in rest:
+            raise ValueError(f"endpoint {text!r} has no form that is known; {shape}")
         host, colon, port = rest.rpartition(":")
         if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) <= _PORT_MAX:
             raise ValueError(f"endpoint {text!r} has no port from 1 to {_PORT_MAX}; {shape}")
@@ -130,10 +133,16 @@ class ConnectOptions:
         """
         if (tls_client_cert is None) != (tls_client_key is None):
             raise ValueError("tls_client_cert and tls_client_key are given together or not at all")
+        if token is not None and not isinstance(token, str):
+            raise TypeError(f"token is a {type(token).__name__}, not a str")
+        if token is not None:
+            _check_token(token)
         if token is not None and token_file is not None:
             raise ValueError("token and token_file cannot both be given")
         has_files = tls_ca is not None or tls_client_cert is not None
         texts = [endpoints] if isinstance(endpoints, str) else list(endpoints)
+        if isinstance(endpoints, (bytes, bytearray)) or any(not isinstance(t, str) for t in texts):
+            raise TypeError(f"endpoints={endpoints!r} are neither a str nor several")
         texts = [part.strip() for text in texts for part in text.split(",")]
         if not texts:
             raise ValueError("endpoints=[] names no worker")
@@ -171,8 +180,7 @@ class ConnectOptions:
                 raise ValueError(f"token_file {self.token_file} has no token")
         if token is None:
             return ()
-        if not token.isascii() or not token.isprintable():
-            raise ValueError("the bearer token is not ASCII text")
+        _check_token(token)
         return (("authorization", f"Bearer {token}"),)
 
     def channel(self, endpoint: Endpoint, address: Address | None = None) -> grpc.aio.Channel:
@@ -216,3 +224,8 @@ class ConnectOptions:
             certificate_chain=content(self.tls_client_cert),
         )
         return grpc.aio.secure_channel(target, credentials, options=options)
+
+
+def _check_token(token: str) -> None:
+    if not token or not token.isascii() or not token.isprintable():
+        raise ValueError("the bearer token is not one line of printable ASCII characters")

@@ -64,13 +64,16 @@ class _Refused(Exception):
         self.code = code
 
 
-def to_message(image: ImageInput, id: Hashable, bytes_max: int) -> pb.Image:
+def to_message(
+    image: ImageInput, id: Hashable, bytes_max: int, message_max: int | None = None
+) -> pb.Image:
     """Returns the image as the contract has it.
 
     Args:
         image: Image in any form of :data:`ImageInput`.
         id: Id or index that an error names.
         bytes_max: Largest size of an encoded image in bytes.
+        message_max: Largest size in bytes of an image in any form. Default: no limit.
 
     Raises:
         InvalidImageError: The value is no image, or the file cannot be read. The code
@@ -78,7 +81,13 @@ def to_message(image: ImageInput, id: Hashable, bytes_max: int) -> pb.Image:
             PERMISSION_DENIED, as in the tables of ``imagegpt embed``.
     """
     try:
-        return _message(image, bytes_max)
+        message = _message(image, bytes_max)
+        if message_max is not None and message.ByteSize() > message_max:
+            raise _Refused(
+                f"the image has {message.ByteSize()} bytes, more than the {message_max} of a "
+                "request (--request-bytes-max)"
+            )
+        return message
     except _Refused as refused:
         error = InvalidImageError(id, refused.code, str(refused))
         raise error from refused.__cause__
@@ -124,9 +133,10 @@ def _read(path: str | os.PathLike[str], bytes_max: int) -> bytes:
             code = "NOT_FOUND" if stat.S_ISDIR(mode) else "FAILED_PRECONDITION"
             raise _Refused(f"{path} cannot be read: no regular file", code)
         with open(path, "rb") as file:
-            # One byte more shows that the file is too large, whatever its size
-            # was before.
-            return file.read(bytes_max + 1)
+            # Not a buffer of the largest size for a small file; one byte more shows
+            # that the file is too large, whatever its size was before.
+            size = os.fstat(file.fileno()).st_size
+            return file.read(min(size, bytes_max) + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, (FileNotFoundError, NotADirectoryError)):
@@ -194,6 +204,17 @@ def _is_pillow(image: Any) -> bool:
     return isinstance(image, PIL.Image.Image)
 
 
+def _storable(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Returns an image of a mode that keeps what the worker looks at: transparency,
+    and all bits of gray."""
+    import PIL.Image
+
+    if image.mode in ("I;16B", "I;16L", "I;16N"):
+        return PIL.Image.fromarray(numpy.asarray(image).astype("<u2"))
+    with_alpha = {"RGBa": "RGBA", "La": "LA", "PA": "RGBA"}.get(image.mode)
+    return image if with_alpha is None else image.convert(with_alpha)
+
+
 def _pillow(image: PIL.Image.Image, bytes_max: int) -> pb.Image:
     import PIL.Image
     import PIL.ImageOps
@@ -201,6 +222,7 @@ def _pillow(image: PIL.Image.Image, bytes_max: int) -> pb.Image:
     try:
         # As transformers' load_image does: first the orientation, then colors.
         image = PIL.ImageOps.exif_transpose(image)
+        image = _storable(image)
         is_plain = image.mode == "RGB" and "transparency" not in image.info
         if not is_plain and image.mode not in _PNG_MODES and image.mode != "RGB":
             image, is_plain = image.convert("RGB"), True

@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import gc
 import os
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -33,8 +34,10 @@ class GrpcLoop:
         self.process = os.getpid()
         self.loop = asyncio.new_event_loop()
         # A daemon, so that a client that was not closed does not keep the program.
-        thread = threading.Thread(target=self.loop.run_forever, name="imagegpt", daemon=True)
-        thread.start()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="imagegpt", daemon=True)
+        self.thread.start()
+        # The loop itself keeps only weak references.
+        self.tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
     def get(cls) -> GrpcLoop:
@@ -62,6 +65,19 @@ class GrpcLoop:
     def soon(self, call: Callable[..., None], *arguments: Any) -> None:
         """Makes a call in the loop, and does not wait for it."""
         self.loop.call_soon_threadsafe(call, *arguments)
+
+    def finish(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Runs a coroutine that ends something. Does not wait where nothing would
+        come: while the interpreter ends, and in the loop's own thread, where the
+        garbage collector may free a stream or a client."""
+        if sys.is_finalizing():
+            # The loop's thread no longer runs.
+            coroutine.close()
+        elif threading.current_thread() is self.thread:
+            self.tasks.add(task := self.loop.create_task(coroutine))
+            task.add_done_callback(self.tasks.discard)
+        else:
+            self.run(coroutine)
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         """Runs a coroutine in the loop, and waits for it."""

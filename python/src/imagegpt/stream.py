@@ -27,10 +27,9 @@ from imagegpt.errors import (
     ImageError,
     ModelMismatchError,
     UnavailableError,
-    WorkerError,
     image_error,
 )
-from imagegpt.options import EmbedOptions, Priority
+from imagegpt.options import PRIORITIES, EmbedOptions, Priority, chosen, whole_number
 from imagegpt.results import array_of
 from imagegpt.v1 import imagegpt_pb2 as pb
 from imagegpt.v1 import imagegpt_pb2_grpc
@@ -255,7 +254,7 @@ class EmbedStream:
         embed: EmbedOptions,
         options: StreamOptions,
         answers: Callable[[Answer], None],
-        failed: Callable[[WorkerError | OSError | ValueError], None],
+        failed: Callable[[Exception], None],
         opened: Callable[[], None],
     ) -> None:
         self._connect = connections.options
@@ -279,6 +278,8 @@ class EmbedStream:
         self._has_opened = False
         #: Largest encoded image in bytes, as the first worker says.
         self.image_bytes_max = 0
+        #: Largest image in bytes in any form.
+        self.message_bytes_max = 0
         self._finishing = False
         self._ended = False
         self._keeper: asyncio.Task[None] | None = None
@@ -341,7 +342,7 @@ class EmbedStream:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._look.wait(), min(wait, self._options.item_timeout))
                 self._look.clear()
-        except (OSError, ValueError) as error:
+        except Exception as error:
             self._fail(error)
 
     async def _resolve(self) -> None:
@@ -387,7 +388,7 @@ class EmbedStream:
         text = f"no worker has answered in {silent:.0f} s: {reasons or 'no reason is known'}"
         self._fail(UnavailableError("UNAVAILABLE", text))
 
-    def _fail(self, error: WorkerError | OSError | ValueError) -> None:
+    def _fail(self, error: Exception) -> None:
         if self._ended:
             return
         self._ended = True
@@ -410,8 +411,9 @@ class EmbedStream:
                 ended = error
             except grpc.aio.AioRpcError as error:
                 ended = _SessionEnded.of(error)
-            except (OSError, ValueError) as error:
-                # A file of TLS or the token's, which no other try would change.
+            except Exception as error:
+                # A file of TLS or the token's, or a fault of this package, which no
+                # other try would change.
                 self._fail(error)
                 return
             finally:
@@ -549,6 +551,7 @@ class EmbedStream:
             limits = model.limits
             largest = limits.request_bytes_max - _MESSAGE_BYTES
             self.image_bytes_max = max(0, min(limits.image_bytes_max, largest))
+            self.message_bytes_max = max(0, largest)
         return max(1, opened.options.window), call
 
     def _check_opened(self, opened: pb.EmbedStreamOpened, wanted: pb.EmbedStreamOptions) -> None:
@@ -658,14 +661,19 @@ class EmbedStream:
                 )
 
 
-def check_stream_options(window: int, item_timeout: float, give_up_after: float) -> None:
+def check_stream_options(
+    window: int, item_timeout: float, give_up_after: float, priority: str | None = None
+) -> None:
     """Checks the numbers of a stream.
 
     Raises:
         ValueError: A number is out of bounds.
     """
-    if window < 0:
-        raise ValueError(f"window={window} is negative; 0 uses the worker's own limit")
+    whole_number("window", window, 0)
     for name, value in (("item_timeout", item_timeout), ("give_up_after", give_up_after)):
+        if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+            raise TypeError(f"{name}={value!r} is no time in seconds")
         if not value > 0:
             raise ValueError(f"{name}={value} is no time in seconds above 0")
+    if priority is not None:
+        chosen("priority", priority, PRIORITIES)

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from imagegpt.client import Client
-from imagegpt.core import ClientCore
+from imagegpt.core import ClientCore, checked_timeout
 from imagegpt.errors import UnavailableError, WorkerStartError
+from imagegpt.ledger import Ledger
 
 __all__ = ["LocalWorker", "find_program"]
 
@@ -38,6 +39,17 @@ _OF_OTHERS = (
     "IMAGEGPT_TLS_KEY",
     "IMAGEGPT_TLS_CLIENT_CA",
     "IMAGEGPT_SHUTDOWN_DELAY",
+)
+# Flags that LocalWorker gives by itself.
+_OWN_FLAGS = frozenset(
+    {
+        *("model", "listen", "metrics_listen", "log", "log_format", "exit_on_stdin_eof"),
+        *("auth_tokens_file", "tls_cert", "tls_key", "tls_client_ca", "shutdown_delay"),
+    }
+)
+_OWN_FLAGS_REASON = (
+    "the worker listens on free ports of this machine for this program alone, and logs to "
+    "logging; start `imagegpt serve` and use Client for a worker that others reach"
 )
 _LEVELS = {
     "ERROR": logging.ERROR,
@@ -142,6 +154,10 @@ class LocalWorker(Client):
     ) -> None:
         if isinstance(model, os.PathLike) and not Path(model).exists():
             raise FileNotFoundError(f"{os.fspath(model)} does not exist")
+        for name in _OWN_FLAGS & flags.keys():
+            raise TypeError(f"{name} is not an argument: {_OWN_FLAGS_REASON}")
+        checked_timeout("timeout", timeout)
+        patience = checked_timeout("start_timeout", start_timeout)
         command = [
             os.fspath(find_program()),
             "serve",
@@ -164,14 +180,18 @@ class LocalWorker(Client):
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env=environment,
+                # Ctrl-C in a terminal is meant for the program, which ends the worker
+                # itself.
+                start_new_session=True,
             )
         except OSError as error:
             raise WorkerStartError(f"{command[0]} cannot be started: {error}", None, ()) from error
         self._owner = os.getpid()
+        _running.add(self)
         self._log = _Log(self._process_handle)
         self._finalizer = weakref.finalize(self, _end, self._process_handle, self._owner)
         try:
-            endpoint = self._log.await_ready(start_timeout)
+            endpoint = self._log.await_ready(patience)
         except BaseException:
             self._finalizer()
             raise
@@ -200,14 +220,45 @@ class LocalWorker(Client):
         super().close()
         self._finalizer()
 
+    def _check_usable(self, ledger: Ledger) -> None:
+        super()._check_usable(ledger)
+        error = self._ended()
+        if error is not None:
+            error.items = ledger.unanswered()
+            raise error
+
     def _core(self) -> ClientCore:
-        # A fork cannot ask for the end of a process that is not its child.
-        is_owner = os.getpid() == self._owner
-        if not self._closed and is_owner and self._process_handle.poll() is not None:
-            text = f"the local worker has ended with exit code {self._process_handle.returncode}"
-            last = "; ".join(list(self._log.lines)[-2:])
-            raise UnavailableError("UNAVAILABLE", f"{text}: {last}")
+        error = None if self._closed else self._ended()
+        if error is not None:
+            raise error
         return super()._core()
+
+    def _ended(self) -> UnavailableError | None:
+        """Returns the error of calls to a worker that has ended, which cannot come
+        back."""
+        # A fork cannot ask for the end of a process that is not its child.
+        if os.getpid() != self._owner or self._process_handle.poll() is None:
+            return None
+        text = f"the local worker has ended with exit code {self._process_handle.returncode}"
+        last = "; ".join(list(self._log.lines)[-2:])
+        return UnavailableError("UNAVAILABLE", f"{text}: {last}")
+
+    def _leave(self) -> None:
+        """Closes this process's end of the pipe of its parent's worker, which lives as
+        long as any end is open."""
+        if self._process_handle.stdin is not None and os.getpid() != self._owner:
+            self._process_handle.stdin.close()
+
+
+_running: weakref.WeakSet[LocalWorker] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for worker in list(_running):
+        worker._leave()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Log:
@@ -223,7 +274,7 @@ class _Log:
         thread = threading.Thread(target=self._read, name="imagegpt-log", daemon=True)
         thread.start()
 
-    def await_ready(self, timeout: float) -> str:
+    def await_ready(self, timeout: float | None) -> str:
         """Returns the endpoint of the worker once it is ready.
 
         Raises:
@@ -266,6 +317,8 @@ class _Log:
             self._endpoint = f"http://{event['grpc']}"
         elif message == "ready":
             self._is_ready = True
+        # A model that loads at once may be ready before the line of the address.
+        if self._is_ready and self._endpoint is not None:
             self._known.set()
         rest = {
             key: value
@@ -284,6 +337,9 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
         return
     if process.stdin is not None:
         process.stdin.close()
+    # A fork of this program may hold the pipe too. The worker takes both for one
+    # request.
+    process.terminate()
     try:
         process.wait(_GRACE)
     except subprocess.TimeoutExpired:
