@@ -33,7 +33,6 @@ use sha2::{Digest as _, Sha256};
 use self::calibrate::Calibration;
 use self::checkpoint::Checkpoint;
 use self::graph::{Attention, GraphPlan};
-use self::source::Local;
 use self::stage::StagingFolder;
 use self::store::{Parts, WeightLayout};
 use self::verify::{Nearness, Trial};
@@ -48,7 +47,7 @@ use crate::runtime::{Operators, Runtime};
 
 pub use self::error::CompileError;
 pub use self::options::CompileOptions;
-pub use self::source::ModelSource;
+pub use self::source::{Local, ModelSource};
 
 /// Step of a compilation, with the unit of its progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
