@@ -46,9 +46,10 @@ const TIMES: HubTimes = HubTimes {
 };
 /// Time after which a test says that a download hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
+const PREPROCESSOR: &[u8] = br#"{"size": 32, "clusters": [[0, 0, 0]]}"#;
 const FILES: Files = &[
     ("config.json", b"{}"),
-    ("preprocessor_config.json", b"{\"size\": 32}"),
+    ("preprocessor_config.json", PREPROCESSOR),
     ("model.safetensors", b"weights of thirty bytes or more"),
 ];
 
@@ -220,7 +221,7 @@ fn read(folder: &Path, name: &str) -> Vec<u8> {
 fn one_format_of_one_commit_is_downloaded_once() {
     let server = serve(&[
         ("config.json", b"{}"),
-        ("preprocessor_config.json", b"{\"size\": 32}"),
+        ("preprocessor_config.json", PREPROCESSOR),
         ("README.md", b"not needed"),
         ("model.safetensors", b"weights"),
         ("pytorch_model.bin", b"the same weights"),
@@ -256,7 +257,7 @@ fn one_format_of_one_commit_is_downloaded_once() {
 fn shards_come_with_their_index() {
     let server = serve(&[
         ("config.json", b"{}"),
-        ("preprocessor_config.json", b"{}"),
+        ("preprocessor_config.json", PREPROCESSOR),
         (
             "model.safetensors.index.json",
             br#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "1.safetensors"}}"#,
@@ -271,7 +272,10 @@ fn shards_come_with_their_index() {
 
 #[test]
 fn what_the_hub_does_not_give_is_told() {
-    let server = serve(&[("config.json", b"{}"), ("preprocessor_config.json", b"{}")]);
+    let server = serve(&[
+        ("config.json", b"{}"),
+        ("preprocessor_config.json", PREPROCESSOR),
+    ]);
     let refused = |hub: &Hub, word: &str| {
         let error = hub
             .fetch("team/model", None, &mut Silent)
@@ -455,4 +459,17 @@ fn an_entity_tag_is_a_name_within_the_cache() {
         let error = server.fetch().unwrap_err();
         assert!(error.contains("entity tag"), "{tag}: {error}");
     }
+}
+
+#[test]
+fn settings_that_cannot_be_served_are_refused_before_the_weights() {
+    let server = serve(&[
+        ("config.json", b"{}"),
+        ("preprocessor_config.json", b"{\"size\": 32}"),
+        ("model.safetensors", b"weights"),
+    ]);
+    let error = server.fetch().unwrap_err();
+    assert!(error.contains("clusters is missing"), "{error}");
+    let asked = server.asked.lock().unwrap();
+    assert!(!asked.iter().any(|path| path.ends_with("safetensors")));
 }

@@ -22,6 +22,7 @@ use super::error::CompileError;
 use super::source::{Local, PREPROCESSOR};
 use super::{CompileProgress, checkpoint};
 use crate::model::architecture;
+use crate::model::settings::ModelSettings;
 
 const MAIN: &str = "main";
 /// Default of both time limits, as `huggingface_hub` has it.
@@ -272,6 +273,8 @@ impl Hub {
         download.file(PREPROCESSOR)?;
         let config = download.file(architecture::FILE)?;
         let folder = config.parent().unwrap_or(&config).to_owned();
+        // Before the weights, which may be gigabytes.
+        ModelSettings::of_checkpoint(&folder).map_err(CompileError::from)?;
         for (single, index) in checkpoint::SINGLE.iter().zip(checkpoint::INDEX) {
             if info.has(single) {
                 download.file(single)?;
