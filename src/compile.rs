@@ -33,7 +33,6 @@ use sha2::{Digest as _, Sha256};
 use self::calibrate::Calibration;
 use self::checkpoint::Checkpoint;
 use self::graph::{Attention, GraphPlan};
-use self::source::Local;
 use self::stage::StagingFolder;
 use self::store::{Parts, WeightLayout};
 use self::verify::{Nearness, Trial};
@@ -43,12 +42,13 @@ use crate::model::architecture::Architecture;
 use crate::model::graph::Graph;
 use crate::model::manifest::{GraphFacts, Manifest, SourceFacts};
 use crate::model::precision::{CompileTask, Precision, Provider};
+use crate::model::settings::ModelSettings;
 use crate::model::{architecture, manifest};
 use crate::runtime::{Operators, Runtime};
 
 pub use self::error::CompileError;
 pub use self::options::CompileOptions;
-pub use self::source::ModelSource;
+pub use self::source::{Local, ModelSource};
 
 /// Step of a compilation, with the unit of its progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,11 +102,7 @@ pub fn compile(
     progress: &mut dyn CompileProgress,
 ) -> Result<Manifest, CompileError> {
     options.check_cpu()?;
-    let fetched = Fetched {
-        source,
-        local: source.fetch(progress)?,
-        sha256: None,
-    };
+    let fetched = Fetched::new(source, progress)?;
     compile_fetched(fetched, output, options, runtime, progress)
 }
 
@@ -114,8 +110,40 @@ pub fn compile(
 struct Fetched<'a> {
     source: &'a ModelSource,
     local: Local,
+    settings: ModelSettings,
     /// Digest of the weights, if it was computed already.
     sha256: Option<String>,
+}
+
+impl<'a> Fetched<'a> {
+    /// Fetches a source and reads its settings, which `serve` would refuse
+    /// otherwise after all of the work.
+    fn new(
+        source: &'a ModelSource,
+        progress: &mut dyn CompileProgress,
+    ) -> Result<Self, CompileError> {
+        let local = source.fetch(progress)?;
+        let settings = ModelSettings::of_checkpoint(&local.folder)?;
+        Ok(Self {
+            source,
+            local,
+            settings,
+            sha256: None,
+        })
+    }
+
+    /// Refuses weights that do not fit the settings. The sizes of the
+    /// architecture count also where config.json leaves them out.
+    fn check(&self, weights: &CheckpointWeights<'_>) -> Result<(), CompileError> {
+        let architecture = &weights.architecture;
+        let [vocabulary, positions] = [architecture.vocabulary, architecture.n_positions];
+        self.settings
+            .check_sizes(Some(vocabulary as u64), Some(positions as u64))?;
+        if let Some(n_classes) = weights.n_classes {
+            self.settings.check_classes(n_classes)?;
+        }
+        Ok(())
+    }
 }
 
 fn compile_fetched(
@@ -125,14 +153,16 @@ fn compile_fetched(
     runtime: &Runtime,
     progress: &mut dyn CompileProgress,
 ) -> Result<Manifest, CompileError> {
+    let architecture = Architecture::read(&fetched.local.folder)?;
+    let checkpoint = Checkpoint::open(&fetched.local.folder)?;
+    let weights = CheckpointWeights::new(&checkpoint, architecture);
+    fetched.check(&weights)?;
     let Fetched {
         source,
         local,
         sha256,
+        ..
     } = fetched;
-    let architecture = Architecture::read(&local.folder)?;
-    let checkpoint = Checkpoint::open(&local.folder)?;
-    let weights = CheckpointWeights::new(&checkpoint, architecture);
     let tasks = tasks(&weights, options)?;
     let feature_layer = feature_layer(&weights.architecture, options)?;
     options.check(runtime)?;
@@ -264,11 +294,11 @@ pub fn compile_cached(
     progress: &mut dyn CompileProgress,
 ) -> Result<(PathBuf, Manifest), CompileError> {
     options.check_cpu()?;
-    let local = source.fetch(progress)?;
-    let checkpoint = Checkpoint::open(&local.folder)?;
+    let mut fetched = Fetched::new(source, progress)?;
+    let checkpoint = Checkpoint::open(&fetched.local.folder)?;
     let sha256 = digest(&checkpoint, progress)?;
     // The palette is copied into the directory, so it is part of the name.
-    let preprocessor = local.folder.join(source::PREPROCESSOR);
+    let preprocessor = fetched.local.folder.join(source::PREPROCESSOR);
     let preprocessor = architecture::read(&preprocessor)?;
     let mut hash = Sha256::new();
     hash.update(&sha256);
@@ -283,11 +313,7 @@ pub fn compile_cached(
     if folder.exists() {
         std::fs::remove_dir_all(&folder).map_err(|error| CompileError::write(&folder, &error))?;
     }
-    let fetched = Fetched {
-        source,
-        local,
-        sha256: Some(sha256),
-    };
+    fetched.sha256 = Some(sha256);
     match compile_fetched(fetched, &folder, options, runtime, progress) {
         Ok(manifest) => Ok((folder, manifest)),
         Err(error) => match Manifest::read(&folder) {
@@ -455,11 +481,7 @@ mod tests {
             precision: Precision::Bf16,
             ..CompileOptions::default()
         };
-        let fetched = Fetched {
-            source: &source,
-            local: source.fetch(&mut Silent).expect("a source"),
-            sha256: None,
-        };
+        let fetched = Fetched::new(&source, &mut Silent).expect("a source");
         let output = folder.path().join("out");
         let compiled = compile_fetched(fetched, &output, &options, &runtime, &mut Silent);
         let manifest = compiled.expect("a compiled model");

@@ -306,6 +306,25 @@ fn look(path: &Path) -> io::Result<Result<Metadata, Trouble>> {
     }))
 }
 
+/// First bytes of a file that some editors write for UTF-8.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// Parses a file of JSON.
+///
+/// # Errors
+///
+/// When the content is not JSON, or begins with a byte order mark: Python's
+/// reader refuses it as well, so the model's other users could not read it.
+pub(crate) fn json<T: serde::de::DeserializeOwned>(content: &[u8]) -> Result<T, String> {
+    if content.starts_with(BYTE_ORDER_MARK) {
+        return Err(
+            "begins with a byte order mark, which JSON does not have; save it as UTF-8 without one"
+                .to_owned(),
+        );
+    }
+    serde_json::from_slice(content).map_err(|error| error.to_string())
+}
+
 /// Reads a file; `None` if it has more than `max` bytes. Only regular files are
 /// read: a pipe would block, and a device may be endless.
 ///

@@ -9,7 +9,6 @@ use std::fmt;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use self::buckets::Buckets;
@@ -17,11 +16,12 @@ use self::files::{DigestOrigin, FilesByPath, Sha256Digest};
 use self::graph::{Graph, Layers, Norm, Want};
 use self::manifest::Manifest;
 use self::precision::Precision;
-use crate::excerpt::Excerpt;
+use self::settings::ModelSettings;
 use crate::files::hex;
 use crate::model::precision::Provider;
 
 pub use self::files::GraphFiles;
+pub use self::settings::ClassActivation;
 
 pub(crate) mod architecture;
 pub mod buckets;
@@ -32,6 +32,7 @@ pub mod head;
 pub mod manifest;
 pub mod onnx;
 pub mod precision;
+pub(crate) mod settings;
 pub(crate) mod wire;
 
 /// Values that `--model` accepts, for the error texts of other values.
@@ -102,42 +103,6 @@ impl fmt::Display for CallTask {
     }
 }
 
-/// Function that turns logits into scores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ClassActivation {
-    /// Softmax over all classes.
-    Softmax,
-    /// Sigmoid of each class by itself.
-    Sigmoid,
-}
-
-impl ClassActivation {
-    /// Returns the activation of a `problem_type`, as transformers names them.
-    ///
-    /// # Errors
-    ///
-    /// When the type is not one of classification.
-    pub fn of(problem_type: Option<&str>) -> Result<Self, String> {
-        match problem_type {
-            None | Some("single_label_classification") => Ok(Self::Softmax),
-            Some("multi_label_classification") => Ok(Self::Sigmoid),
-            Some(other) => Err(format!(
-                "problem_type is {:?}; single_label_classification and \
-                 multi_label_classification are supported",
-                Excerpt::of(other)
-            )),
-        }
-    }
-
-    /// Returns the `problem_type` of the activation.
-    pub(crate) fn problem_type(self) -> &'static str {
-        match self {
-            Self::Softmax => "single_label_classification",
-            Self::Sigmoid => "multi_label_classification",
-        }
-    }
-}
-
 /// A model directory that has passed its checks.
 #[derive(Debug, Clone)]
 pub struct Model {
@@ -193,48 +158,6 @@ impl ModelError {
 
 /// Subdirectories in which published directories keep their graphs.
 const GRAPH_FOLDERS: [&str; 3] = ["", "model", "onnx"];
-const PREPROCESSOR_CONFIG: &str = "preprocessor_config.json";
-const CONFIG: &str = "config.json";
-/// Pillow's number for its bilinear filter, the only filter that is
-/// implemented.
-const BILINEAR: u32 = 2;
-/// Largest side of an image in pixels; attention over more than 256 x 256
-/// positions no longer fits the memory of a machine.
-const SIDE_MAX: u32 = 256;
-/// Largest size of a configuration file, in bytes; a larger file is something
-/// else. A byte takes up to 16 bytes of memory once it is parsed.
-const CONFIG_BYTES_MAX: u64 = 4 << 20;
-
-#[derive(Deserialize)]
-struct PreprocessorConfig {
-    clusters: Option<Vec<Vec<f64>>>,
-    size: Option<Size>,
-    resample: Option<u32>,
-    do_resize: Option<bool>,
-    do_normalize: Option<bool>,
-    do_color_quantize: Option<bool>,
-}
-
-/// Image size: `32` in old files, `{"height": 32, "width": 32}` in new files.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Size {
-    Side(u32),
-    Edges { height: u32, width: u32 },
-    Shortest { shortest_edge: u32 },
-}
-
-#[derive(Deserialize, Default)]
-struct Config {
-    model_type: Option<String>,
-    n_positions: Option<u64>,
-    vocab_size: Option<u64>,
-    n_layer: Option<u32>,
-    id2label: Option<BTreeMap<String, String>>,
-    problem_type: Option<String>,
-    notice: Option<String>,
-}
-
 impl Model {
     /// Reads the directory at `dir`; the model is called `name`, or else by the
     /// directory's name.
@@ -257,26 +180,11 @@ impl Model {
             Some(compiled) => compiled.graphs.clone(),
             None => find_graphs(dir)?,
         };
-        let preprocessor_path =
-            find_config(dir, &graphs, PREPROCESSOR_CONFIG).ok_or_else(|| {
-                ModelError::new(
-                    &dir.join(PREPROCESSOR_CONFIG),
-                    "the file is missing; it holds the palette (clusters) that turns images into \
-                     tokens",
-                )
-            })?;
-        let preprocessor: PreprocessorConfig = read_json(&preprocessor_path, &mut digest)?;
-        let (clusters, side) = palette(&preprocessor_path, preprocessor)?;
-        let config_path = find_config(dir, &graphs, CONFIG);
-        let config: Config = match &config_path {
-            Some(path) => read_json(path, &mut digest)?,
-            None => Config::default(),
-        };
-        let config_path = config_path.unwrap_or_else(|| dir.join(CONFIG));
-        check_config(&config_path, &config, clusters.len(), side)?;
-        let labels = labels(&config_path, config.id2label)?;
-        let activation = ClassActivation::of(config.problem_type.as_deref())
-            .map_err(|reason| ModelError::new(&config_path, reason))?;
+        let preprocessor = find_config(dir, &graphs, settings::PREPROCESSOR);
+        let config = find_config(dir, &graphs, architecture::FILE);
+        let settings = ModelSettings::read(dir, preprocessor, config, |path, sha256| {
+            mix(&mut digest, path, sha256);
+        })?;
         if let Some(compiled) = &compiled {
             let identity = compiled.identity.as_bytes();
             mix(&mut digest, Path::new("compiled"), identity);
@@ -300,14 +208,14 @@ impl Model {
             graphs,
             files: content.found.done(),
             batch_scaled: content.batch_scaled,
-            clusters,
-            side,
-            sizes_are_given: config.vocab_size.is_some() && config.n_positions.is_some(),
-            n_layers: config.n_layer,
+            clusters: settings.clusters,
+            side: settings.side,
+            sizes_are_given: settings.sizes_are_given,
+            n_layers: settings.n_layers,
             compiled: compiled.map(|compiled| compiled.facts),
-            labels,
-            activation,
-            notice: config.notice.unwrap_or_default(),
+            labels: settings.labels,
+            activation: settings.activation,
+            notice: settings.notice,
         })
     }
 
@@ -683,154 +591,6 @@ fn external_data(graph: &Path) -> Vec<PathBuf> {
         .map(|suffix| graph.with_file_name(format!("{name}{suffix}")))
         .filter(|path| path.is_file())
         .collect()
-}
-
-fn palette(path: &Path, config: PreprocessorConfig) -> Result<(Vec<[f64; 3]>, u32), ModelError> {
-    let refuse = |reason: String| Err(ModelError::new(path, reason));
-    for (key, value) in [
-        ("do_resize", config.do_resize),
-        ("do_normalize", config.do_normalize),
-        ("do_color_quantize", config.do_color_quantize),
-    ] {
-        if value == Some(false) {
-            return refuse(format!("{key} is false; only true is supported"));
-        }
-    }
-    if let Some(resample) = config.resample
-        && resample != BILINEAR
-    {
-        return refuse(format!(
-            "resample is {resample}; only 2 (bilinear) is supported"
-        ));
-    }
-    let side = match config.size {
-        Some(
-            Size::Side(side)
-            | Size::Shortest {
-                shortest_edge: side,
-            },
-        ) => side,
-        Some(Size::Edges { height, width }) if height == width => height,
-        Some(Size::Edges { height, width }) => {
-            return refuse(format!("size is {height} x {width}; it must be square"));
-        }
-        None => return refuse("size is missing; for ImageGPT it is 32".to_owned()),
-    };
-    if !(1..=SIDE_MAX).contains(&side) {
-        return refuse(format!("size is {side}; it must be 1 to {SIDE_MAX}"));
-    }
-    let rows = config.clusters.unwrap_or_default();
-    if rows.is_empty() {
-        return refuse("clusters is missing; it is the palette of the tokens' colors".to_owned());
-    }
-    // Token ids have 16 bits, and one id is the start token.
-    if rows.len() >= usize::from(u16::MAX) {
-        return refuse(format!(
-            "clusters has {} rows; the limit is {}",
-            rows.len(),
-            u16::MAX - 1
-        ));
-    }
-    let mut clusters = Vec::with_capacity(rows.len());
-    for (idx, row) in rows.iter().enumerate() {
-        let Ok(color) = <[f64; 3]>::try_from(row.as_slice()) else {
-            return refuse(format!(
-                "clusters[{idx}] has {} numbers; a color has 3",
-                row.len()
-            ));
-        };
-        if color.iter().any(|value| !(-1.5..=1.5).contains(value)) {
-            return refuse(format!(
-                "clusters[{idx}] is {color:?}; colors must be normalized to -1 to 1"
-            ));
-        }
-        clusters.push(color);
-    }
-    Ok((clusters, side))
-}
-
-fn check_config(
-    path: &Path,
-    config: &Config,
-    n_colors: usize,
-    side: u32,
-) -> Result<(), ModelError> {
-    if let Some(model_type) = &config.model_type
-        && model_type != "imagegpt"
-    {
-        return Err(ModelError::new(
-            path,
-            format!("model_type is {model_type:?}; this worker serves only \"imagegpt\""),
-        ));
-    }
-    if let Some(vocab_size) = config.vocab_size
-        && vocab_size != n_colors as u64 + 1
-    {
-        return Err(ModelError::new(
-            path,
-            format!(
-                "vocab_size is {vocab_size}, but it must be {}: the palette has {n_colors} colors, \
-                 and the start token is one more",
-                n_colors + 1
-            ),
-        ));
-    }
-    let positions = u64::from(side) * u64::from(side);
-    if let Some(n_positions) = config.n_positions
-        && n_positions != positions
-    {
-        return Err(ModelError::new(
-            path,
-            format!(
-                "n_positions is {n_positions}, but images of {side} x {side} have {positions} tokens"
-            ),
-        ));
-    }
-    Ok(())
-}
-
-/// Returns the class names in index order; none if config.json has none.
-fn labels(
-    path: &Path,
-    id2label: Option<BTreeMap<String, String>>,
-) -> Result<Vec<String>, ModelError> {
-    let id2label = id2label.unwrap_or_default();
-    let mut labels = vec![None; id2label.len()];
-    for (id, label) in id2label {
-        let slot = id.parse::<usize>().ok().and_then(|id| labels.get_mut(id));
-        match slot {
-            Some(slot @ None) => *slot = Some(label),
-            _ => {
-                return Err(ModelError::new(
-                    path,
-                    format!(
-                        "id2label has the key {id:?}; keys must be 0, 1, 2 and so on without gaps"
-                    ),
-                ));
-            }
-        }
-    }
-    Ok(labels.into_iter().flatten().collect())
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(
-    path: &Path,
-    digest: &mut Sha256,
-) -> Result<T, ModelError> {
-    let mut text = Vec::new();
-    files::open(path)
-        .and_then(|(file, _)| file.take(CONFIG_BYTES_MAX + 1).read_to_end(&mut text))
-        .map_err(|error| ModelError::new(path, error))?;
-    if text.len() as u64 > CONFIG_BYTES_MAX {
-        return Err(ModelError::new(
-            path,
-            format!(
-                "the file is larger than {CONFIG_BYTES_MAX} bytes, the limit of a configuration"
-            ),
-        ));
-    }
-    mix(digest, path, &Sha256::digest(&text));
-    serde_json::from_slice(&text).map_err(|error| ModelError::new(path, error))
 }
 
 /// Adds a file by its name and its own digest, so that the digest depends

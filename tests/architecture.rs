@@ -59,7 +59,7 @@ const FORBIDDEN: [(&str, &str); 18] = [
 ];
 
 /// Crates, with the prefixes of the paths that may name them.
-const CRATES: [(&str, &[&str]); 15] = [
+const CRATES: [(&str, &[&str]); 17] = [
     ("tonic", &["serve/rpc", "client", "proto"]),
     ("tonic_health", &["serve/rpc"]),
     ("tonic_reflection", &["serve/rpc"]),
@@ -73,6 +73,8 @@ const CRATES: [(&str, &[&str]); 15] = [
     ("parquet", &["commands"]),
     ("object_store", &["commands"]),
     ("reqwest", &["commands"]),
+    ("hf_hub", &["compile/hub"]),
+    ("ureq", &["compile/hub"]),
     ("plotters", &["commands"]),
     ("nvml_wrapper", &["gpu"]),
 ];

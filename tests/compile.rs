@@ -20,6 +20,7 @@ use imagegpt::engine::onnx;
 use imagegpt::kernels::attention::Kernel;
 use imagegpt::kernels::layers::RowsAs;
 use imagegpt::kernels::whole::has_bf16_products;
+use imagegpt::model::Model;
 use imagegpt::model::manifest::Manifest;
 use imagegpt::model::onnx::{DataType, Dim, ModelProto, NodeProto, TensorType, ValueInfoProto};
 use imagegpt::model::precision::{CompileTask, Precision, Provider};
@@ -30,7 +31,8 @@ use safetensors::tensor::{Dtype, TensorView, serialize};
 use tempfile::TempDir;
 
 const WIDTH: usize = 16;
-const POSITIONS: usize = 12;
+/// Positions of images of 4 x 4 pixels.
+const POSITIONS: usize = 16;
 const VOCABULARY: usize = 9;
 const LAYERS: usize = 3;
 
@@ -103,7 +105,9 @@ fn write(folder: &Path, tensors: &Tensors) {
             "n_positions": {POSITIONS}, "vocab_size": {VOCABULARY}}}"#
     );
     fs::write(folder.join("config.json"), config).unwrap();
-    fs::write(folder.join("preprocessor_config.json"), "{}").unwrap();
+    let colors = ["[0, 0.5, -1]"; VOCABULARY - 1].join(",");
+    let preprocessor = format!(r#"{{"size": 4, "clusters": [{colors}]}}"#);
+    fs::write(folder.join("preprocessor_config.json"), preprocessor).unwrap();
 }
 
 fn checkpoint(change: impl FnOnce(&mut Tensors)) -> TempDir {
@@ -565,6 +569,9 @@ fn unknown_random_models_are_refused() {
 #[test]
 fn recipes_of_other_generators_are_refused() {
     let folder = TempDir::new().unwrap();
+    let preprocessor = r#"{"size": 32, "clusters": [[0, 0, 0]]}"#;
+    let path = folder.path().join("preprocessor_config.json");
+    fs::write(path, preprocessor).unwrap();
     fs::write(
         folder.path().join("config.json"),
         r#"{"model_type": "imagegpt"}"#,
@@ -669,4 +676,170 @@ fn weights_are_read_once_for_the_cache() {
     let apart = TempDir::new().unwrap().path().join("apart");
     let manifest = compile(&source, &apart, &options, &runtime, &mut Silent).unwrap();
     assert_eq!(manifest.source.sha256, sha256);
+}
+
+/// Steps that a compilation has begun.
+#[derive(Default)]
+struct Begun(Vec<CompileStep>);
+
+impl CompileProgress for Begun {
+    fn begin(&mut self, step: CompileStep, _total: u64) {
+        self.0.push(step);
+    }
+
+    fn advance(&mut self, _units: u64) {}
+}
+
+/// Compiles a copy of the micro checkpoint, and opens the micro model's graphs,
+/// both with one of their files changed, and returns the two errors without the
+/// directories.
+fn refusals(file: &str, content: Option<&[u8]>) -> (String, String) {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models");
+    let copy = |name: &str| {
+        let folder = TempDir::new().unwrap();
+        for entry in fs::read_dir(data.join(name)).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+        }
+        // The settings are those of the checkpoint in both.
+        for shared in ["config.json", "preprocessor_config.json"] {
+            let from = data.join("micro-checkpoint").join(shared);
+            fs::copy(from, folder.path().join(shared)).unwrap();
+        }
+        let path = folder.path().join(file);
+        match content {
+            Some(content) => fs::write(path, content).unwrap(),
+            None => fs::remove_file(path).unwrap(),
+        }
+        folder
+    };
+    let published = copy("micro");
+    let served = Model::open(published.path(), None).expect_err(file);
+    let source = copy("micro-checkpoint");
+    let output = TempDir::new().unwrap();
+    let mut begun = Begun::default();
+    let compiled = compile(
+        &ModelSource::Folder(source.path().to_owned()),
+        &output.path().join("out"),
+        &CompileOptions::default(),
+        &runtime(),
+        &mut begun,
+    );
+    let compiled = compiled.expect_err(file);
+    assert_eq!(begun.0, [], "{compiled}");
+    let words = |error: String, folder: &TempDir| {
+        error.replace(&folder.path().display().to_string(), "DIR")
+    };
+    (
+        words(compiled.to_string(), &source),
+        words(served.to_string(), &published),
+    )
+}
+
+/// A model whose settings `serve` refuses is refused before it is compiled, in
+/// the same words.
+#[test]
+fn settings_are_refused_as_serve_refuses_them() {
+    let check = |file: &str, content: Option<&[u8]>, words: &str| {
+        let (compiled, served) = refusals(file, content);
+        assert_eq!(compiled, served);
+        assert!(compiled.contains(words), "{compiled:?} lacks {words:?}");
+    };
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models/micro-checkpoint");
+    let (preprocessor, config) = ("preprocessor_config.json", "config.json");
+    let set = |file: &str, key: &str, value: &str, words: &str| {
+        let text = fs::read(folder.join(file)).unwrap();
+        let mut values: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        values[key] = serde_json::from_str(value).unwrap();
+        check(file, Some(values.to_string().as_bytes()), words);
+    };
+    for (key, value, words) in [
+        ("do_color_quantize", "false", "do_color_quantize is false"),
+        ("do_normalize", "false", "do_normalize is false"),
+        ("do_resize", "false", "do_resize is false"),
+        ("do_resize", "\"no\"", "expected a boolean"),
+        ("resample", "3", "resample is 3"),
+        ("resample", "\"bilinear\"", "expected u32"),
+        ("size", "null", "size is missing"),
+        ("size", "0", "size is 0"),
+        ("size", "257", "size is 257"),
+        ("size", r#"{"height": 8, "width": 9}"#, "size is 8 x 9"),
+        ("size", r#"{"longest_edge": 8}"#, "Size"),
+        ("size", "4", "n_positions is 64"),
+        ("clusters", "512", "expected a sequence"),
+        ("clusters", "null", "clusters is missing"),
+        ("clusters", "[]", "clusters is missing"),
+        ("clusters", "[[0, 0]]", "clusters[0] has 2 numbers"),
+        ("clusters", "[[0, 0, 0], [0, 255, 0]]", "clusters[1] is"),
+        ("clusters", "[[0, 0, 0]]", "vocab_size is 17"),
+    ] {
+        set(preprocessor, key, value, words);
+    }
+    for (key, value, words) in [
+        ("model_type", "\"gpt2\"", "model_type is \"gpt2\""),
+        ("model_type", "7", "expected a string"),
+        ("vocab_size", "18", "vocab_size is 18"),
+        ("vocab_size", "-1", "expected u64"),
+        ("n_positions", "1024", "n_positions is 1024"),
+        ("n_layer", "1.5", "expected u32"),
+        (
+            "id2label",
+            r#"{"0": "a", "2": "b"}"#,
+            "id2label has the key \"2\"",
+        ),
+        (
+            "id2label",
+            r#"{"0": "a", "00": "b"}"#,
+            "id2label has the key",
+        ),
+        ("id2label", r#"["a", "b"]"#, "expected a map"),
+        (
+            "problem_type",
+            "\"regression\"",
+            "problem_type is \"regression\"",
+        ),
+        ("notice", "[]", "expected a string"),
+    ] {
+        set(config, key, value, words);
+    }
+    for file in [preprocessor, config] {
+        let text = fs::read(folder.join(file)).unwrap();
+        let marked = [b"\xef\xbb\xbf", &text[..]].concat();
+        check(file, Some(&marked), "begins with a byte order mark");
+        check(file, Some(&text[..text.len() / 2]), "EOF");
+        check(file, Some(b"[]"), "expected struct");
+        let large = [&text[..], &vec![b' '; 4 << 20]].concat();
+        check(file, Some(&large), "the file is larger than");
+    }
+    check(preprocessor, None, "the file is missing");
+}
+
+/// Sizes that config.json leaves out have defaults, which must fit as well; and
+/// labels must fit the head.
+#[test]
+fn weights_that_do_not_fit_the_settings_are_refused() {
+    let check = |file: &str, change: &dyn Fn(&mut serde_json::Value), words: &str| {
+        let source = checkpoint(|_| {});
+        let path = source.path().join(file);
+        let mut values = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        change(&mut values);
+        fs::write(&path, values.to_string()).unwrap();
+        refused(source.path(), &CompileOptions::default(), words);
+    };
+    let config = "config.json";
+    check(
+        config,
+        &|values| drop(values.as_object_mut().unwrap().remove("vocab_size")),
+        "vocab_size is 513, but it must be 9",
+    );
+    check(
+        config,
+        &|values| drop(values.as_object_mut().unwrap().remove("n_positions")),
+        "n_positions is 1024, but images of 4 x 4",
+    );
+    check(
+        config,
+        &|values| values["id2label"] = serde_json::json!({"0": "a", "1": "b"}),
+        "the head has 5 classes, but config.json names 2",
+    );
 }

@@ -23,7 +23,8 @@ pub struct CompileArgs {
     /// Model to compile: a Hugging Face directory (config.json,
     /// preprocessor_config.json, and model.safetensors, sharded safetensors or
     /// pytorch_model.bin); a hub id such as openai/imagegpt-small (downloads
-    /// honor HF_HOME, HF_TOKEN and HF_ENDPOINT); or random:small,
+    /// honor HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT
+    /// and HF_HUB_DOWNLOAD_TIMEOUT); or random:small,
     /// random:medium, random:large or random:tiny, which have these shapes and
     /// random weights, to measure speed
     pub source: String,

@@ -120,7 +120,7 @@ pub(crate) fn weight_files(folder: &Path) -> Result<Vec<String>, CompileError> {
 /// When the index is not valid or names a file outside its directory.
 pub(crate) fn indexed_files(path: &Path) -> Result<Vec<String>, CompileError> {
     let text = crate::model::architecture::read(path)?;
-    let index: serde_json::Value = serde_json::from_slice(&text)
+    let index: serde_json::Value = crate::files::json(&text)
         .map_err(|error| CompileError::weights(path, format!("is not JSON: {error}")))?;
     let map = index
         .get("weight_map")

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::model::ModelError;
 use crate::model::error::ModelFileError;
 
 /// Reason why a compilation failed. Every text is one sentence that says what
@@ -12,6 +13,9 @@ pub enum CompileError {
     /// compiler does not support.
     #[error(transparent)]
     File(#[from] ModelFileError),
+    /// The settings of the source cannot be served.
+    #[error(transparent)]
+    Settings(#[from] ModelError),
     /// The weights are missing or truncated, or have an unexpected shape.
     #[error("{} {reason}", path.display())]
     Weights { path: PathBuf, reason: String },

@@ -1,24 +1,39 @@
 //! Downloads models from a hub into the cache that Hugging Face's own tools
 //! use.
 //!
-//! `HF_HOME`, `HF_TOKEN` and `HF_ENDPOINT` have the same meaning as in these
-//! tools. The weights are downloaded in one format only, and all files come
-//! from the same commit. Without a connection, cached files are used.
+//! `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HUB_ETAG_TIMEOUT`
+//! and `HF_HUB_DOWNLOAD_TIMEOUT` have the same meaning as in these tools. The
+//! weights are downloaded in one format only, and all files come from the same
+//! commit. If the hub cannot be used now, cached files are used; if it refuses
+//! (no such model, no access), that is an error, whatever the cache has.
+
+mod download;
+mod wire;
 
 use std::io::Read as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use hf_hub::api::sync::{Api, ApiBuilder, ApiRepo};
-use hf_hub::{Cache, Repo, RepoType};
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
+use self::download::SnapshotDownload;
+use self::wire::{HubModel, HubTrouble, HubWire};
 use super::error::CompileError;
 use super::source::{Local, PREPROCESSOR};
-use super::{CompileProgress, CompileStep, checkpoint};
+use super::{CompileProgress, checkpoint};
 use crate::model::architecture;
+use crate::model::settings::ModelSettings;
 
-/// Number of times that an interrupted download is resumed.
-const N_RETRIES: usize = 3;
 const MAIN: &str = "main";
+/// Default of both time limits, as `huggingface_hub` has it.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest time limit that a variable may set; a longer one is no limit.
+const TIMEOUT_MAX: u64 = 24 * 60 * 60;
+pub(crate) const ETAG_TIMEOUT: &str = "HF_HUB_ETAG_TIMEOUT";
+pub(crate) const DOWNLOAD_TIMEOUT: &str = "HF_HUB_DOWNLOAD_TIMEOUT";
+/// Variables that forbid connections to the hub. The second one counts only if
+/// the first one is unset or empty.
+const OFFLINE: [&str; 2] = ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"];
 
 /// Largest file that is read as a token; a token has about 40 bytes.
 const TOKEN_BYTES_MAX: u64 = 4096;
@@ -82,21 +97,80 @@ fn stored_token() -> Option<String> {
     (!token.is_empty()).then(|| token.to_owned())
 }
 
+/// Returns the variable that forbids connections to the hub, if one does.
+#[must_use]
+pub fn offline_variable() -> Option<&'static str> {
+    offline_by(set)
+}
+
+fn offline_by(set: impl Fn(&str) -> Option<String>) -> Option<&'static str> {
+    let (name, value) = OFFLINE
+        .into_iter()
+        .find_map(|name| Some((name, set(name)?)))?;
+    let value = value.to_ascii_uppercase();
+    matches!(value.as_str(), "1" | "ON" | "YES" | "TRUE").then_some(name)
+}
+
+/// Time limits for a hub.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HubTimes {
+    /// Limit for each answer without a file, and for the head of each answer
+    /// with a file.
+    pub answer: Duration,
+    /// Limit for a pause within a file. A slow download that goes on has no
+    /// limit.
+    pub pause: Duration,
+}
+
+impl Default for HubTimes {
+    fn default() -> Self {
+        Self {
+            answer: TIMEOUT,
+            pause: TIMEOUT,
+        }
+    }
+}
+
+impl HubTimes {
+    fn read(set: impl Fn(&str) -> Option<String>) -> Result<Self, CompileError> {
+        let time = |name: &str| {
+            let Some(text) = set(name) else {
+                return Ok(TIMEOUT);
+            };
+            match text.parse() {
+                // `huggingface_hub` takes its default then.
+                Ok(0) => Ok(TIMEOUT),
+                Ok(seconds @ 1..=TIMEOUT_MAX) => Ok(Duration::from_secs(seconds)),
+                _ => Err(CompileError::Options(format!(
+                    "{name} is {text:?}; it must be a whole number of seconds, 1 to {TIMEOUT_MAX}"
+                ))),
+            }
+        };
+        Ok(Self {
+            answer: time(ETAG_TIMEOUT)?,
+            pause: time(DOWNLOAD_TIMEOUT)?,
+        })
+    }
+}
+
 /// Connection to a hub: its address, the user's token, and the cache directory.
 #[derive(Debug, Clone)]
 pub struct Hub {
     pub endpoint: Option<String>,
     pub token: Option<String>,
     pub cache: PathBuf,
+    /// Variable that forbids connections, if one does.
+    pub offline: Option<&'static str>,
+    pub times: HubTimes,
 }
 
 impl Hub {
-    /// Takes the settings of `HF_HOME`, `HF_TOKEN` and `HF_ENDPOINT`; without
-    /// `HF_TOKEN`, the token that a login has stored.
+    /// Takes the settings of the environment; without `HF_TOKEN`, the token
+    /// that a login has stored.
     ///
     /// # Errors
     ///
-    /// When there is no directory for a cache.
+    /// When there is no directory for a cache, or a time limit is not a number.
     pub fn from_env() -> Result<Self, CompileError> {
         if set("HF_HOME").is_none() && std::env::home_dir().is_none() {
             return Err(CompileError::Options(
@@ -109,6 +183,8 @@ impl Hub {
             endpoint,
             token,
             cache: Cache::from_env().path().clone(),
+            offline: offline_variable(),
+            times: HubTimes::read(set)?,
         })
     }
 
@@ -117,8 +193,8 @@ impl Hub {
     ///
     /// # Errors
     ///
-    /// When the hub does not have the files, or cannot be reached and the cache
-    /// does not have them either.
+    /// When the hub does not have the files or does not give them to this user,
+    /// or cannot be used now and the cache does not have them either.
     pub fn fetch(
         &self,
         repository: &str,
@@ -130,121 +206,176 @@ impl Hub {
             repository: repository.to_owned(),
             reason,
         };
-        let api = self.api().map_err(|error| failed(error.to_string()))?;
-        let at = |revision: &str| {
-            Repo::with_revision(repository.to_owned(), RepoType::Model, revision.to_owned())
+        let at = HubModel {
+            name: repository,
+            revision,
         };
-        let info = match api.repo(at(revision)).info() {
-            Ok(info) => info,
-            Err(error) => {
-                let local = self.cached(at(revision));
-                if let Some(local) = &local {
-                    let folder = local.folder.display();
-                    tracing::warn!(%error, %folder, "cannot query the hub; using cached files");
-                }
-                return local.ok_or_else(|| failed(error.to_string()));
+        let cache = self.cache.display();
+        if let Some(variable) = self.offline {
+            let local = self.cached(at).ok_or_else(|| {
+                failed(format!(
+                    "{variable} is set, so the hub is not asked, and the cache {cache} has no \
+                     complete copy of revision {revision}; unset {variable}, or name the cache \
+                     that has one with HF_HOME"
+                ))
+            })?;
+            note_cached(&local, variable);
+            return Ok(local);
+        }
+        let trouble = match self.download(at, progress) {
+            Ok(local) => return Ok(local),
+            Err(trouble) => trouble,
+        };
+        match (trouble, self.cached(at)) {
+            (HubTrouble::Here(error), _) => Err(error),
+            (HubTrouble::Absent(reason), Some(local)) => {
+                let (folder, revision) = (local.folder.display(), local.revision.as_deref());
+                tracing::warn!(
+                    reason,
+                    revision,
+                    %folder,
+                    "cannot use the hub; using the model's copy in the cache"
+                );
+                Ok(local)
             }
-        };
-        let mut download = Download {
-            repo: api.repo(at(&info.sha)),
-            cache: Cache::new(self.cache.clone()),
-            at: at(&info.sha),
+            (HubTrouble::Absent(reason), None) => Err(failed(format!(
+                "{reason}; the cache {cache} has no complete copy of revision {revision} to use \
+                 instead; check the network, proxies and HF_ENDPOINT, or allow more time with \
+                 {ETAG_TIMEOUT} and {DOWNLOAD_TIMEOUT} (seconds)"
+            ))),
+            // An old copy would hide that the model is gone or that the token
+            // is wrong.
+            (HubTrouble::Refused(reason), Some(local)) => Err(failed(format!(
+                "{reason}; HF_HUB_OFFLINE=1 uses the copy of commit {} that the cache has",
+                local.revision.unwrap_or_default()
+            ))),
+            (HubTrouble::Refused(reason), None) => Err(failed(reason)),
+        }
+    }
+
+    fn download(
+        &self,
+        at: HubModel<'_>,
+        progress: &mut dyn CompileProgress,
+    ) -> Result<Local, HubTrouble> {
+        let wire = HubWire::new(self)?;
+        let info = wire.info(at)?;
+        let cache = self.repository(at);
+        let snapshot = cache.pointer_path(&info.commit);
+        let mut download = SnapshotDownload {
+            wire: &wire,
+            at,
+            commit: &info.commit,
+            folder: snapshot,
+            pause: self.times.pause,
             progress,
         };
-        let has = |name: &str| info.siblings.iter().any(|file| file.rfilename == name);
-        download.file(PREPROCESSOR).map_err(&failed)?;
-        let config = download.file(architecture::FILE).map_err(&failed)?;
+        download.file(PREPROCESSOR)?;
+        let config = download.file(architecture::FILE)?;
         let folder = config.parent().unwrap_or(&config).to_owned();
+        // Before the weights, which may be gigabytes.
+        ModelSettings::of_checkpoint(&folder).map_err(CompileError::from)?;
         for (single, index) in checkpoint::SINGLE.iter().zip(checkpoint::INDEX) {
-            if has(single) {
-                download.file(single).map_err(&failed)?;
-            } else if has(index) {
-                let path = download.file(index).map_err(&failed)?;
+            if info.has(single) {
+                download.file(single)?;
+            } else if info.has(index) {
+                let path = download.file(index)?;
                 for name in checkpoint::indexed_files(&path)? {
-                    download.file(&name).map_err(&failed)?;
+                    download.file(&name)?;
                 }
             } else {
                 continue;
             }
             // Records the revision's commit, so that the cache can resolve its
             // name without a connection.
-            let cache = Cache::new(self.cache.clone()).repo(at(revision));
             cache
-                .create_ref(&info.sha)
-                .map_err(|error| failed(error.to_string()))?;
+                .create_ref(&info.commit)
+                .map_err(|error| CompileError::write(&self.cache, &error))?;
             return Ok(Local {
                 folder,
-                revision: Some(info.sha),
+                revision: Some(info.commit),
                 scratch: None,
             });
         }
-        Err(failed(
+        Err(HubTrouble::Refused(
             "the repository has neither model.safetensors nor pytorch_model.bin".to_owned(),
         ))
     }
 
-    fn api(&self) -> Result<Api, hf_hub::api::sync::ApiError> {
-        let mut builder = ApiBuilder::from_cache(Cache::new(self.cache.clone()))
-            .with_token(self.token.clone())
-            .with_progress(false)
-            .with_retries(N_RETRIES)
-            .with_user_agent(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
-        if let Some(endpoint) = &self.endpoint {
-            let endpoint = endpoint.trim_end_matches('/').to_owned();
-            builder = builder.with_endpoint(endpoint);
-        }
-        builder.build()
+    fn repository(&self, at: HubModel<'_>) -> CacheRepo {
+        let (name, revision) = (at.name.to_owned(), at.revision.to_owned());
+        let repository = Repo::with_revision(name, RepoType::Model, revision);
+        Cache::new(self.cache.clone()).repo(repository)
     }
 
-    fn cached(&self, at: Repo) -> Option<Local> {
-        let cache = Cache::new(self.cache.clone()).repo(at);
-        cache.get(PREPROCESSOR)?;
-        let folder = cache.get(architecture::FILE)?.parent()?.to_owned();
-        let revision = folder.file_name()?.to_string_lossy().into_owned();
-        // Weights may be missing from an unfinished download.
-        checkpoint::weight_files(&folder).ok()?;
-        Some(Local {
+    /// Finds a complete copy of a revision in the cache.
+    fn cached(&self, at: HubModel<'_>) -> Option<Local> {
+        let cache = self.repository(at);
+        // A commit may have no reference of its own.
+        let folder = match cache.get(architecture::FILE) {
+            Some(config) => config.parent()?.to_owned(),
+            None if wire::is_commit(at.revision) => cache.pointer_path(at.revision),
+            None => return None,
+        };
+        let has = |name: &str| folder.join(name).is_file();
+        // Other tools record a commit before they have all of its files.
+        let weights = checkpoint::weight_files(&folder).ok()?;
+        let is_complete =
+            has(PREPROCESSOR) && has(architecture::FILE) && weights.iter().all(|name| has(name));
+        is_complete.then(|| Local {
+            revision: folder
+                .file_name()
+                .map(|name| name.to_string_lossy().into_owned()),
             folder,
-            revision: Some(revision),
             scratch: None,
         })
     }
 }
 
-/// Download of the files of one commit.
-struct Download<'p> {
-    repo: ApiRepo,
-    cache: Cache,
-    at: Repo,
-    progress: &'p mut dyn CompileProgress,
+fn note_cached(local: &Local, variable: &str) {
+    let (folder, revision): (&Path, _) = (&local.folder, local.revision.as_deref());
+    let folder = folder.display();
+    tracing::info!(
+        revision,
+        %folder,
+        "{variable} is set; using the model's copy in the cache"
+    );
 }
 
-impl Download<'_> {
-    fn file(&mut self, name: &str) -> Result<PathBuf, String> {
-        if let Some(path) = self.cache.repo(self.at.clone()).get(name) {
-            return Ok(path);
-        }
-        let bar = Bar {
-            progress: &mut *self.progress,
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn variables_that_forbid_connections_are_read_as_the_hubs_own_tools_read_them() {
+        let offline = |hub: Option<&str>, transformers: Option<&str>| {
+            offline_by(|name| {
+                let value = if name == "HF_HUB_OFFLINE" {
+                    hub
+                } else {
+                    transformers
+                };
+                value.map(str::to_owned)
+            })
         };
-        self.repo
-            .download_with_progress(name, bar)
-            .map_err(|error| format!("{name}: {error}"))
-    }
-}
-
-struct Bar<'p> {
-    progress: &'p mut dyn CompileProgress,
-}
-
-impl hf_hub::api::Progress for Bar<'_> {
-    fn init(&mut self, size: usize, _filename: &str) {
-        self.progress.begin(CompileStep::Download, size as u64);
+        for value in ["1", "true", "True", "YES", "on"] {
+            assert_eq!(offline(Some(value), None), Some("HF_HUB_OFFLINE"));
+            assert_eq!(offline(None, Some(value)), Some("TRANSFORMERS_OFFLINE"));
+        }
+        for value in ["0", "false", "no", "off", "2"] {
+            assert_eq!(offline(Some(value), Some("1")), None, "{value}");
+        }
+        assert_eq!(offline(None, None), None);
     }
 
-    fn update(&mut self, size: usize) {
-        self.progress.advance(size as u64);
+    #[test]
+    fn time_limits_are_whole_seconds() {
+        let read = |value: &str| HubTimes::read(|_| Some(value.to_owned()));
+        assert_eq!(read("3").unwrap().answer, Duration::from_secs(3));
+        assert_eq!(read("0").unwrap(), HubTimes::default());
+        for value in ["abc", "-1", "1.5", "100000", "inf"] {
+            let error = read(value).unwrap_err().to_string();
+            assert!(error.starts_with("HF_HUB_ETAG_TIMEOUT is"), "{error}");
+        }
     }
-
-    fn finish(&mut self) {}
 }

@@ -10,9 +10,7 @@ use super::hub::Hub;
 use super::random::{self, PREFIX, ScratchFolder};
 use crate::model::error::ModelFileError;
 
-/// Name of the file of the preprocessor's settings and palette, which `serve`
-/// needs.
-pub(crate) const PREPROCESSOR: &str = "preprocessor_config.json";
+pub(crate) use crate::model::settings::PREPROCESSOR;
 
 /// A model in Hugging Face's layout.
 #[derive(Debug, Clone, PartialEq, Eq)]

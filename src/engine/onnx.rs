@@ -29,6 +29,7 @@ use crate::model::GraphFiles;
 use crate::model::buckets::Buckets;
 use crate::model::graph::{Graph, Layers, Want};
 use crate::model::precision::{BF16_FEATURES, Precision, Provider, ProviderChoice};
+use crate::model::settings::check_classes;
 use crate::runtime::error::{EngineError, runtime};
 use crate::runtime::load::Loader;
 use crate::runtime::{Residence, Runtime, arena, library, operators};
@@ -343,12 +344,7 @@ impl OnnxEngine {
                 self.facts.dimension = width;
             }
             Graph::Logits => {
-                if options.n_labels != 0 && options.n_labels != width {
-                    return Err(refuse(format!(
-                        "the head has {width} classes, but config.json names {}",
-                        options.n_labels
-                    )));
-                }
+                check_classes(options.n_labels, width).map_err(refuse)?;
                 self.facts.n_classes = width;
             }
             Graph::Score | Graph::Generate => {}

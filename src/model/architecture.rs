@@ -47,7 +47,7 @@ impl Architecture {
     pub fn read(folder: &Path) -> Result<Self, ModelFileError> {
         let path = folder.join(FILE);
         let text = read(&path)?;
-        let value = serde_json::from_slice(&text)
+        let value = files::json(&text)
             .map_err(|error| ModelFileError::content(&path, format!("is not JSON: {error}")))?;
         Self::parse(&value).map_err(|reason| ModelFileError::content(&path, reason))
     }

@@ -7,6 +7,7 @@
 mod access;
 mod arriving;
 mod auth;
+mod authority;
 mod connection;
 mod convert;
 mod deadline;

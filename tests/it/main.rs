@@ -10,6 +10,7 @@
 )]
 
 mod access;
+mod authority;
 mod bad_input;
 mod batching;
 mod bench;

@@ -21,7 +21,7 @@ use super::journal::JobManifest;
 use super::location::{ListedObject, Location, scheme_of};
 use super::plan::{Fact, PlanOptions};
 use super::sink::Sink;
-use crate::compile::hub::HubAccess;
+use crate::compile::hub::{HubAccess, offline_variable};
 
 pub(super) use self::client::HubError;
 
@@ -209,15 +209,12 @@ pub(super) async fn open(input: &str, options: &PlanOptions<'_>) -> anyhow::Resu
 
 /// Refuses to ask the hub if the environment says not to.
 fn refuse_offline(input: &str) -> anyhow::Result<()> {
-    let is_offline = std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| {
-        let value = value.trim().to_ascii_uppercase();
-        matches!(value.as_str(), "1" | "ON" | "YES" | "TRUE")
-    });
-    anyhow::ensure!(
-        !is_offline,
-        "{input}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it, or give a copy of the \
-         dataset on a disk"
-    );
+    if let Some(variable) = offline_variable() {
+        anyhow::bail!(
+            "{input}: {variable} is set, so the hub is not asked; unset it, or give a copy of the \
+             dataset on a disk"
+        );
+    }
     Ok(())
 }
 

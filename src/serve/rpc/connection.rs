@@ -21,6 +21,7 @@ use hyper_util::service::TowerToHyperService;
 use tonic::body::Body;
 use tower::{Service, ServiceExt as _};
 
+use super::authority::TolerantStream;
 use super::deadline;
 use super::leaving::Patience;
 use super::listen::{Connection, ConnectionEnd, HANDSHAKE_TIMEOUT};
@@ -89,7 +90,8 @@ impl ConnectionDriver {
         let builder = self.builder(calls);
         let service = TowerToHyperService::new(service);
         let driven = async {
-            let driven = builder.serve_connection(TokioIo::new(connection), service);
+            let driven =
+                builder.serve_connection(TokioIo::new(TolerantStream::new(connection)), service);
             let mut driven = pin!(driven);
             let mut farewell = pin!(farewell.wait());
             let mut old = pin!(deadline::passed(peer.leaves_at()));
