@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use prost_types::FileDescriptorSet;
+use prost_types::{FileDescriptorSet, MethodDescriptorProto};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
@@ -36,7 +36,8 @@ fn methods(descriptors: &FileDescriptorSet) -> Result<String, std::fmt::Error> {
     for file in &descriptors.file {
         for service in &file.service {
             let service_path = format!("/{}.{}/", file.package(), service.name());
-            let methods: Vec<&str> = service.method.iter().map(|method| method.name()).collect();
+            let methods = service.method.iter();
+            let methods: Vec<&str> = methods.map(MethodDescriptorProto::name).collect();
             writeln!(services, "        ({service_path:?}, &{methods:?}),")?;
             for method in &service.method {
                 let name = method.name();

@@ -733,6 +733,8 @@ async fn errors_repeat_little_of_a_callers_text() {
             assert!(message.len() < 512, "{} bytes", message.len());
         }
     }
+    // All that fits into the limit on options.
+    let long = "urgent".repeat(500);
     let head = pb::ClassifyRequest {
         head: long.clone(),
         ..Default::default()

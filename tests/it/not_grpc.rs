@@ -82,7 +82,8 @@ async fn send(worker: &Worker, request: http::Request<()>) -> (u16, String, Stri
     while let Some(data) = body.data().await {
         text.extend_from_slice(&data.unwrap_or_else(|_| Bytes::new()));
     }
-    let text = String::from_utf8(text).expect("text");
+    // The trailers of gRPC-Web are not text.
+    let text = String::from_utf8_lossy(&text).into_owned();
     (status, content_type, text)
 }
 

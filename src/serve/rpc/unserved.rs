@@ -96,17 +96,16 @@ fn unserved(path: &str) -> Option<RequestError> {
         .iter()
         .find(|(service, _)| path.starts_with(service));
     let name = |service: &str| service.trim_matches('/').to_owned();
-    let served = match service {
-        Some((service, methods)) => format!("{} has {}", name(service), methods.join(", ")),
-        None => {
-            let services = RpcMethod::SERVICES.iter().map(|(service, _)| name(service));
-            let services: Vec<String> = services.collect();
-            format!(
-                "the worker has {}, grpc.health.v1.Health (Check, Watch) and, without \
-                 --no-reflection, server reflection",
-                services.join(", ")
-            )
-        }
+    let served = if let Some((service, methods)) = service {
+        format!("{} has {}", name(service), methods.join(", "))
+    } else {
+        let services = RpcMethod::SERVICES.iter().map(|(service, _)| name(service));
+        let services: Vec<String> = services.collect();
+        format!(
+            "the worker has {}, grpc.health.v1.Health (Check, Watch) and, without \
+             --no-reflection, server reflection",
+            services.join(", ")
+        )
     };
     Some(RequestError::MethodUnknown {
         given: Excerpt::of(path),
