@@ -9,6 +9,7 @@ mod pickle;
 mod safetensors;
 mod torch;
 
+use std::collections::btree_map::Entry as MapEntry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
@@ -81,6 +82,16 @@ pub(super) const SINGLE: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
 pub(super) const INDEX: [&str; 2] = [
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
+];
+
+/// Names of modules that wrap another in training, at any place of a tensor's
+/// name: DistributedDataParallel and DataParallel, `torch.compile`,
+/// FullyShardedDataParallel, and activation checkpoints.
+const WRAPPERS: [&str; 4] = [
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
 ];
 
 /// Largest number of files (shards) of a checkpoint, all of which are open at
@@ -177,10 +188,33 @@ impl Checkpoint {
             } else {
                 safetensors::entries(&path, &file, idx)?
             };
-            checkpoint.entries.extend(entries);
+            for (name, entry) in entries {
+                checkpoint.add(&name, entry, &path)?;
+            }
             checkpoint.files.push((path, file));
         }
         Ok(checkpoint)
+    }
+
+    /// Adds a tensor under its name without [`WRAPPERS`].
+    fn add(&mut self, name: &str, entry: Entry, path: &Path) -> Result<(), CompileError> {
+        let parts = name.split('.').filter(|part| !WRAPPERS.contains(part));
+        let plain = parts.collect::<Vec<_>>().join(".");
+        match self.entries.entry(plain) {
+            MapEntry::Vacant(place) => {
+                place.insert(entry);
+                Ok(())
+            }
+            MapEntry::Occupied(place) => Err(CompileError::weights(
+                path,
+                format!(
+                    "has {name:?}, and the checkpoint has {:?} already, which has the same name \
+                     without {}; remove one of them",
+                    place.key(),
+                    WRAPPERS.join(", ")
+                ),
+            )),
+        }
     }
 
     /// Returns the shape of the tensor `name`, if the checkpoint has that

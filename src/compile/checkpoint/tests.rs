@@ -436,3 +436,42 @@ fn configurations_of_any_size_are_refused() {
         refused(outside.path(), "not a file in the same directory");
     }
 }
+
+#[test]
+fn names_of_wrapped_modules_are_read() {
+    let bytes: Vec<u8> = [1.0_f32, -2.5]
+        .iter()
+        .flat_map(|x| x.to_le_bytes())
+        .collect();
+    let saved = |names: &[&str]| {
+        let view = || TensorView::new(Dtype::F32, vec![1, 2], &bytes).unwrap();
+        let tensors = names.iter().map(|name| (*name, view()));
+        folder(&[("model.safetensors", &serialize(tensors, None).unwrap())])
+    };
+    for name in [
+        "transformer.h.0.ln_1.weight",
+        "module.transformer.h.0.ln_1.weight",
+        "_orig_mod.transformer.h.0.ln_1.weight",
+        "module._orig_mod.transformer.h.0.ln_1.weight",
+        "_orig_mod.module.transformer.h.0.ln_1.weight",
+        "module.module.transformer.h.0.ln_1.weight",
+        "transformer._orig_mod.h.0.ln_1.weight",
+        "module.transformer.h.0._orig_mod.ln_1.weight",
+        "_fsdp_wrapped_module.transformer.h.0._fsdp_wrapped_module.ln_1.weight",
+        "transformer.h.0._checkpoint_wrapped_module.ln_1.weight",
+    ] {
+        let folder = saved(&[name]);
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let read = checkpoint.read("transformer.h.0.ln_1.weight", &[1, 2]);
+        assert_eq!(read.unwrap(), [1.0, -2.5], "{name}");
+    }
+    // A part of a name is no wrapper.
+    let folder = saved(&["modules.wte.weight"]);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert!(checkpoint.shape("wte.weight").is_none());
+    // Two tensors of one name would leave the choice to chance.
+    refused(
+        saved(&["wte.weight", "module.wte.weight"]).path(),
+        "remove one of them",
+    );
+}
