@@ -607,13 +607,29 @@ fn mix_named(digest: &mut Sha256, name: &str, content: &[u8]) {
     digest.update(content);
 }
 
+/// Returns the name of a model in a directory: the directory's, or that of the
+/// repository of a snapshot.
 fn directory_name(dir: &Path) -> String {
-    dir.canonicalize()
-        .ok()
-        .as_deref()
-        .and_then(Path::file_name)
-        .map_or_else(
-            || "imagegpt".to_owned(),
-            |name| name.to_string_lossy().into_owned(),
-        )
+    let own = || {
+        let dir = dir.canonicalize().ok()?;
+        Some(dir.file_name()?.to_string_lossy().into_owned())
+    };
+    snapshot_repository(dir)
+        .or_else(own)
+        .unwrap_or_else(|| "imagegpt".to_owned())
+}
+
+/// Returns a repository's name, without its owner, if a directory is a snapshot
+/// of it in the cache of Hugging Face's tools
+/// (`models--OWNER--NAME/snapshots/COMMIT`): the directory's own name is a hash.
+pub(crate) fn snapshot_repository(dir: &Path) -> Option<String> {
+    let dir = dir.canonicalize().ok()?;
+    let snapshots = dir.parent()?;
+    if snapshots.file_name()? != "snapshots" {
+        return None;
+    }
+    let repository = snapshots.parent()?.file_name()?.to_str()?;
+    let id = repository.strip_prefix("models--")?;
+    let (_, name) = id.split_once("--").unwrap_or(("", id));
+    (!name.is_empty()).then(|| name.to_owned())
 }

@@ -14,7 +14,7 @@ use crate::compile::{CompileOptions, CompileProgress, ModelSource, cache};
 use crate::engine::onnx;
 use crate::model::head::LinearHead;
 use crate::model::precision::{Provider, ProviderChoice};
-use crate::model::{Model, ModelNeed};
+use crate::model::{Model, ModelNeed, snapshot_repository};
 use crate::runtime::Runtime;
 use crate::serve::config::{ModelConfig, ServeConfig};
 use crate::serve::engines::engines;
@@ -233,6 +233,9 @@ fn name(config: &ModelConfig, folder: &Path) -> Option<String> {
     if given.is_some() || source == folder {
         return given;
     }
+    if let Some(repository) = snapshot_repository(source) {
+        return Some(repository);
+    }
     let name = source.file_name().map(ToOwned::to_owned).or_else(|| {
         // The source is a path such as `.`.
         let folder = source.canonicalize().ok()?;
@@ -295,5 +298,36 @@ mod tests {
         is(called(&["src/.."], cached), &root);
         is(called(&["a/b", "--model-name", "c"], cached), "c");
         assert_eq!(called(&["models/emoji"], "models/emoji"), None);
+    }
+
+    /// A snapshot in the cache of Hugging Face's tools is called like its
+    /// repository, whatever leads to it.
+    #[test]
+    fn a_snapshot_of_a_hub_is_called_like_its_repository() {
+        let cache = tempfile::tempdir().unwrap();
+        let hash = "0123456789abcdef0123456789abcdef01234567";
+        for (repository, expected) in [
+            ("models--openai--imagegpt-small", "imagegpt-small"),
+            ("models--imagegpt", "imagegpt"),
+            ("datasets--openai--pictures", hash),
+        ] {
+            let snapshot = cache.path().join(repository).join("snapshots").join(hash);
+            std::fs::create_dir_all(&snapshot).unwrap();
+            let link = cache.path().join(format!("link-{repository}"));
+            std::os::unix::fs::symlink(&snapshot, &link).unwrap();
+            // Weights, which are compiled into a cache of the worker's own.
+            let text = snapshot.to_str().unwrap();
+            let config = own_config(text, &[], None).unwrap();
+            let called = name(&config.model, Path::new("/cache/models/0123")).unwrap();
+            assert_eq!(called, expected);
+            // Graphs, which are served where they are.
+            let micro = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models/micro");
+            for file in ["config.json", "preprocessor_config.json", "model.onnx"] {
+                std::fs::copy(micro.join(file), snapshot.join(file)).unwrap();
+            }
+            for path in [&snapshot, &link] {
+                assert_eq!(Model::open(path, None).unwrap().name, expected);
+            }
+        }
     }
 }
