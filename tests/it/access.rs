@@ -56,8 +56,14 @@ impl Authority {
 
     /// Writes NAME.crt and NAME.key, valid until the year `until`.
     fn sign(&self, name: &str, until: i32) {
+        self.sign_for(name, 2000, until);
+    }
+
+    /// Writes NAME.crt and NAME.key, valid from one year until another.
+    fn sign_for(&self, name: &str, from: i32, until: i32) {
         let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
         let mut params = CertificateParams::new(names).expect("names");
+        params.not_before = rcgen::date_time_ymd(from, 1, 1);
         params.not_after = rcgen::date_time_ymd(until, 1, 1);
         let key = KeyPair::generate().expect("a key");
         let certificate = params.signed_by(&key, &self.issuer).expect("signed");
@@ -275,6 +281,40 @@ async fn a_replaced_certificate_meets_new_connections_and_leaves_old_ones() {
     let expiry = sample(&worker, "imagegpt_tls_certificate_expiry_timestamp_seconds").await;
     assert_eq!(expiry, 1_956_528_000.0);
     drop(before);
+    end(worker).await;
+}
+
+/// A certificate that clients would refuse does not replace one that they take.
+#[tokio::test]
+async fn a_replaced_certificate_must_be_valid_now() {
+    let ours = Authority::new();
+    let worker = start(&ours.server_flags()).await;
+    let failed = "imagegpt_reload_failed{file=\"certificate\"}";
+    let good = ["crt", "key"].map(|end| {
+        let path = ours.path(&format!("server.{end}"));
+        std::fs::read(path).expect("read")
+    });
+    for (from, until) in [(2001, 2002), (2100, 2101)] {
+        ours.sign_for("server", from, until);
+        until_sample(&worker, failed, |n| n == 1.0).await;
+        call(&worker, "https", &ours.trusted())
+            .await
+            .expect("the old one");
+        // 2031-01-01.
+        let expiry = sample(&worker, "imagegpt_tls_certificate_expiry_timestamp_seconds").await;
+        assert_eq!(expiry, 1_924_992_000.0);
+        for (end, content) in ["crt", "key"].iter().zip(&good) {
+            std::fs::write(ours.path(&format!("server.{end}")), content).expect("written");
+        }
+        until_sample(&worker, failed, |n| n == 0.0).await;
+    }
+    let reloads = "imagegpt_reloads_total{file=\"certificate\"}";
+    assert_eq!(sample(&worker, reloads).await, 0.0);
+    ours.sign("server", 2032);
+    until_sample(&worker, reloads, |n| n == 1.0).await;
+    call(&worker, "https", &ours.trusted())
+        .await
+        .expect("the new one");
     end(worker).await;
 }
 

@@ -13,6 +13,7 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
+use super::tls::NotValid;
 use crate::files::FlagFile;
 use crate::serve::metrics::{Metrics, ReloadedFile};
 
@@ -114,11 +115,17 @@ impl<T: Send + Sync + 'static> Follower<T> {
                     }
                     Err(error) => {
                         metrics.reload_failed(self.what, true);
-                        tracing::error!(
-                            what = self.what.label(),
-                            error = format!("{error:#}"),
-                            "cannot use the changed file; its old contents stay in force"
-                        );
+                        if self.state.tell() {
+                            tracing::error!(
+                                what = self.what.label(),
+                                error = format!("{error:#}"),
+                                "cannot use the changed file; its old contents stay in force"
+                            );
+                        }
+                        // A certificate that has not begun will be valid later.
+                        if matches!(error.downcast_ref(), Some(NotValid::NotBegun { .. })) {
+                            self.state.again();
+                        }
                     }
                 },
             }
@@ -150,6 +157,8 @@ struct Settling {
     last: Option<Fingerprint>,
     /// True if the contents of the last check were reported already.
     judged: bool,
+    /// True if it was said that the contents of the last check cannot be used.
+    told: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -167,6 +176,7 @@ impl Settling {
             in_force,
             last: Some(in_force),
             judged: true,
+            told: false,
         }
     }
 
@@ -174,6 +184,7 @@ impl Settling {
         if seen != self.last {
             self.last = seen;
             self.judged = false;
+            self.told = false;
             return Look::Nothing;
         }
         if std::mem::replace(&mut self.judged, true) {
@@ -184,6 +195,17 @@ impl Settling {
         } else {
             Look::Settled
         }
+    }
+
+    /// Returns true if it was not yet said that the contents that were tried
+    /// cannot be used.
+    fn tell(&mut self) -> bool {
+        !std::mem::replace(&mut self.told, true)
+    }
+
+    /// Notes that the contents that were tried should be tried again.
+    fn again(&mut self) {
+        self.judged = false;
     }
 
     /// Notes that the contents that were tried are in force now.
@@ -225,6 +247,25 @@ mod tests {
         state.look(Some(old));
         assert_eq!(state.look(Some(old)), Look::BackAgain);
         assert_eq!(state.look(Some(old)), Look::Nothing);
+    }
+
+    #[test]
+    fn what_may_be_used_later_is_tried_again_and_told_once() {
+        let [old, early] = [[0; 32], [1; 32]];
+        let mut state = Settling::new(old);
+        state.look(Some(early));
+        for is_first in [true, false, false] {
+            assert_eq!(state.look(Some(early)), Look::Settled);
+            assert_eq!(state.tell(), is_first);
+            state.again();
+        }
+        assert_eq!(state.look(Some(early)), Look::Settled);
+        state.take();
+        assert_eq!(state.look(Some(early)), Look::Nothing);
+        // Told again if it comes back.
+        state.look(Some(old));
+        assert_eq!(state.look(Some(old)), Look::Settled);
+        assert!(state.tell());
     }
 
     #[test]

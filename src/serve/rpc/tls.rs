@@ -1,6 +1,6 @@
 //! TLS and mutual TLS, from files that may be replaced while the worker runs.
 
-mod expiry;
+mod validity;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -11,10 +11,13 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::{self, RootCertStore, ServerConfig, crypto};
 
+use self::validity::CertificateValidity;
 use super::reload::{Follower, Latest, open};
 use crate::files::FlagFile;
 use crate::serve::metrics::ReloadedFile;
 use crate::serve::metrics::access::AccessMetrics;
+
+pub(super) use self::validity::NotValid;
 
 /// ALPN protocols, the preferred first: gRPC's, and the one of gRPC-Web, or of
 /// clients that are only told what the port serves.
@@ -24,8 +27,8 @@ const ALPN: [&[u8]; 2] = [b"h2", b"http/1.1"];
 #[derive(Debug)]
 pub(super) struct Tls {
     pub(super) config: Arc<ServerConfig>,
-    /// Time at which the certificate expires; none if it could not be read.
-    expiry: Option<SystemTime>,
+    /// Validity of the certificate; none if it could not be read.
+    validity: Option<CertificateValidity>,
 }
 
 impl Tls {
@@ -49,7 +52,14 @@ impl Tls {
                 Some(source) => Some((source, roots(source, &contents[2])?)),
                 None => None,
             };
-            let expiry = chain.first().and_then(|leaf| expiry::of(leaf));
+            // Only the worker's own certificate counts: some chains end in an
+            // authority that has ended, for old clients.
+            let validity = chain.first().and_then(CertificateValidity::of);
+            if let Some(validity) = validity {
+                validity
+                    .check(SystemTime::now())
+                    .with_context(|| format!("{certificate} cannot be used"))?;
+            }
             let provider = Arc::new(crypto::ring::default_provider());
             let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
                 .with_safe_default_protocol_versions()?;
@@ -75,25 +85,21 @@ impl Tls {
             config.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
             Ok(Self {
                 config: Arc::new(config),
-                expiry,
+                validity,
             })
         })
     }
 
     /// Reports the expiry of the certificate in the log and in a metric.
     pub(super) fn report(&self, metrics: &AccessMetrics) {
-        let Some(expiry) = self.expiry else {
+        let Some(CertificateValidity { end, .. }) = self.validity else {
             tracing::warn!("cannot read the expiry of the TLS certificate");
             return;
         };
-        let since_1970 = expiry.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+        let since_1970 = end.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
         metrics.certificate_expiry(since_1970.as_secs_f64());
-        let until = humantime::format_rfc3339_seconds(expiry);
-        if expiry <= SystemTime::now() {
-            tracing::error!(%until, "the TLS certificate has expired; clients will not connect");
-        } else {
-            tracing::info!(%until, "the TLS certificate is in force");
-        }
+        let until = humantime::format_rfc3339_seconds(end);
+        tracing::info!(%until, "the TLS certificate is in force");
     }
 }
 
@@ -133,6 +139,16 @@ mod tests {
                 files.write(&format!("{name}.crt"), &made.cert.pem());
                 files.write(&format!("{name}.key"), &made.signing_key.serialize_pem());
             }
+            for (name, begin, end) in [("ended", 2001, 2002), ("early", 2100, 2101)] {
+                let names = vec!["localhost".to_owned()];
+                let mut params = rcgen::CertificateParams::new(names).expect("names");
+                params.not_before = rcgen::date_time_ymd(begin, 1, 1);
+                params.not_after = rcgen::date_time_ymd(end, 1, 1);
+                let key = rcgen::KeyPair::generate().expect("a key");
+                let certificate = params.self_signed(&key).expect("a certificate");
+                files.write(&format!("{name}.crt"), &certificate.pem());
+                files.write(&format!("{name}.key"), &key.serialize_pem());
+            }
             files.write("text", "no PEM");
             files.write(
                 "broken",
@@ -168,6 +184,18 @@ mod tests {
         };
         check("a.crt", "a.key", None, "fine");
         check("a.crt", "a.key", Some("b.crt"), "fine");
+        check(
+            "ended.crt",
+            "ended.key",
+            None,
+            "--tls-cert ended.crt cannot be used: the certificate ended at 2002-01-01T00:00:00Z",
+        );
+        check(
+            "early.crt",
+            "early.key",
+            None,
+            "--tls-cert early.crt cannot be used: the certificate begins at 2100-01-01T00:00:00Z",
+        );
         check("none", "a.key", None, "--tls-cert none cannot be read: ");
         check(
             "text",
