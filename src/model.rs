@@ -121,6 +121,9 @@ pub struct Model {
     /// Operator that mixes the images of a batch, if a graph of whole images
     /// has one.
     pub batch_scaled: Option<&'static str>,
+    /// Number of images of each run, if a graph of whole images has inputs of a
+    /// fixed size.
+    pub batch_fixed: Option<u16>,
     /// Palette in token order: red, green and blue in [-1, 1].
     pub clusters: Vec<[f64; 3]>,
     /// Side in pixels of the square that an image is reduced to.
@@ -156,6 +159,9 @@ impl ModelError {
     }
 }
 
+/// Largest number of images per run that a graph may ask for: `--max-batch-size`
+/// has the same limit.
+const BATCH_FIXED_MAX: u16 = 1024;
 /// Subdirectories in which published directories keep their graphs.
 const GRAPH_FOLDERS: [&str; 3] = ["", "model", "onnx"];
 impl Model {
@@ -193,6 +199,7 @@ impl Model {
             recorded: compiled.as_ref().map(|compiled| &compiled.recorded),
             found: FilesByPath::default(),
             batch_scaled: None,
+            batch_fixed: None,
         };
         for (graph, path) in &graphs {
             content.add(*graph, path, &mut digest)?;
@@ -208,6 +215,7 @@ impl Model {
             graphs,
             files: content.found.done(),
             batch_scaled: content.batch_scaled,
+            batch_fixed: content.batch_fixed,
             clusters: settings.clusters,
             side: settings.side,
             sizes_are_given: settings.sizes_are_given,
@@ -219,15 +227,36 @@ impl Model {
         })
     }
 
-    /// Returns the batch sizes to run at: those in `asked`, or 1 alone if an
-    /// operator mixes the images of a batch, since an image's answer must not
-    /// depend on the other images of its batch.
+    /// Returns the batch sizes to run at: those in `asked`, or the only one that
+    /// the graphs take, or 1 alone if an operator mixes the images of a batch,
+    /// since an image's answer must not depend on the other images of its batch.
     #[must_use]
     pub fn buckets(&self, asked: Buckets) -> Buckets {
-        match self.batch_scaled {
-            Some(_) => Buckets::powers_of_two(1),
-            None => asked,
+        match (self.batch_fixed, self.batch_scaled) {
+            (Some(fixed), _) => Buckets::one(fixed.into()),
+            (None, Some(_)) => Buckets::one(1),
+            (None, None) => asked,
         }
+    }
+
+    /// Returns why [`Self::buckets`] has other sizes than `asked`; `None` if it
+    /// has the same.
+    #[must_use]
+    pub fn why_other_buckets(&self, asked: &Buckets) -> Option<String> {
+        if self.buckets(asked.clone()) == *asked {
+            return None;
+        }
+        if let Some(fixed) = self.batch_fixed {
+            return Some(format!(
+                "runs have {fixed} images: the model's graphs have inputs of a fixed size; export \
+                 them with a dynamic batch axis for other batch sizes"
+            ));
+        }
+        let operator = self.batch_scaled?;
+        Some(format!(
+            "images run one by one: in a batch the model's operator {operator} would give all \
+             images one scale, and an image's answer would depend on the other images"
+        ))
     }
 
     /// Returns the number of tokens per image.
@@ -451,6 +480,7 @@ struct Content<'a> {
     recorded: Option<&'a BTreeMap<PathBuf, Sha256Digest>>,
     found: FilesByPath,
     batch_scaled: Option<&'static str>,
+    batch_fixed: Option<u16>,
 }
 
 impl Content<'_> {
@@ -474,6 +504,13 @@ impl Content<'_> {
         drop(bytes);
         if graph != Graph::Generate {
             self.batch_scaled = self.batch_scaled.or(summary.batch_scaled);
+            self.fix_batch(summary.batch_fixed).map_err(refuse)?;
+            if let (Some(operator), Some(2..)) = (self.batch_scaled, self.batch_fixed) {
+                return Err(refuse(format!(
+                    "has the operator {operator}, which gives all images of a run one scale, and \
+                     runs of a fixed size above 1; export the model with a dynamic batch axis"
+                )));
+            }
         }
         let mut files = BTreeMap::new();
         for tensor in &summary.external {
@@ -501,6 +538,30 @@ impl Content<'_> {
             mix_named(digest, location, &sha256);
         }
         Ok(())
+    }
+
+    /// Notes that a graph takes this number of images per run alone.
+    fn fix_batch(&mut self, fixed: Option<u64>) -> Result<(), String> {
+        let Some(fixed) = fixed else {
+            return Ok(());
+        };
+        let fixed = u16::try_from(fixed)
+            .ok()
+            .filter(|fixed| (1..=BATCH_FIXED_MAX).contains(fixed));
+        match (fixed, self.batch_fixed) {
+            (None, _) => Err(format!(
+                "takes another fixed number of images per run than 1 to {BATCH_FIXED_MAX}; export it \
+                 with a dynamic batch axis"
+            )),
+            (Some(fixed), Some(other)) if fixed != other => Err(format!(
+                "takes {fixed} images per run, and another graph takes {other}; export both with \
+                 the same batch axis"
+            )),
+            (Some(fixed), _) => {
+                self.batch_fixed = Some(fixed);
+                Ok(())
+            }
+        }
     }
 
     /// Records a file's size and digest, and returns the size in bytes.

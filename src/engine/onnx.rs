@@ -330,7 +330,7 @@ impl OnnxEngine {
             });
         }
         if !options.sizes_are_given && self.facts.provider == "cpu" {
-            self.check_sizes(graph, options.n_colors)?;
+            self.check_sizes(graph, options)?;
         }
         match graph {
             Graph::Features(_) | Graph::Hidden => {
@@ -356,8 +356,8 @@ impl OnnxEngine {
     /// position beyond the last: then the palette or the size belongs to
     /// another model, and answers would look right but be wrong. A CPU fails
     /// for ids that the graph does not have; a GPU would not.
-    fn check_sizes(&mut self, graph: Graph, n_colors: usize) -> Result<(), EngineError> {
-        let positions = self.positions;
+    fn check_sizes(&mut self, graph: Graph, options: &OnnxOptions) -> Result<(), EngineError> {
+        let (positions, n_colors) = (self.positions, options.n_colors);
         let loaded = self.graphs.get_mut(&graph).ok_or_else(|| no_graph(graph))?;
         let beyond = u16::try_from(n_colors + 1).unwrap_or(u16::MAX);
         for (tokens, what) in [
@@ -376,7 +376,7 @@ impl OnnxEngine {
             };
             let batch = WholeBatch {
                 rows: &[row],
-                size: 1,
+                size: options.buckets.smallest(),
                 positions: tokens.len(),
                 start: None,
             };

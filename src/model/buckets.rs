@@ -19,6 +19,12 @@ impl Buckets {
         Self(sizes)
     }
 
+    /// Returns one size alone.
+    #[must_use]
+    pub fn one(size: usize) -> Self {
+        Self(vec![size.max(1)])
+    }
+
     /// Takes `sizes` if they ascend and begin with at least 1.
     #[must_use]
     pub fn ascending(sizes: Vec<usize>) -> Option<Self> {

@@ -113,6 +113,9 @@ pub(crate) struct GraphSummary {
     pub(crate) external: Vec<ExternalTensor>,
     /// Operator that mixes the images of a batch, if the graph has one.
     pub(crate) batch_scaled: Option<&'static str>,
+    /// Number of images of each run, if the graph's inputs have a fixed size
+    /// where others have a name.
+    pub(crate) batch_fixed: Option<u64>,
 }
 
 /// Scans a graph.
@@ -198,6 +201,7 @@ struct Place {
 struct Walk<'a> {
     external: Vec<ExternalTensor>,
     batch_scaled: Option<&'static str>,
+    batch_fixed: Option<u64>,
     /// Names of values that do not change from run to run.
     constants: HashSet<&'a [u8]>,
     /// Names of the scales of `QuantizeLinear` nodes.
@@ -219,6 +223,7 @@ impl<'a> Walk<'a> {
         }
         GraphSummary {
             batch_scaled: self.batch_scaled.or(found),
+            batch_fixed: self.batch_fixed,
             external,
         }
     }
@@ -246,6 +251,11 @@ impl<'a> Walk<'a> {
                 (kind, field.number, field.content)
             {
                 self.read.insert(value_name(output)?);
+            }
+            if let (Kind::Graph, GRAPH_INPUT, Content::Bytes(input), false) =
+                (kind, field.number, field.content, place.is_nested)
+            {
+                self.batch_fixed = self.batch_fixed.or(first_size(input)?);
             }
             let (Some(child), Content::Bytes(content)) = (kind.child(field.number), field.content)
             else {
@@ -338,6 +348,12 @@ impl<'a> Walk<'a> {
 }
 
 const GRAPH_OUTPUT: u64 = 12;
+const GRAPH_INPUT: u64 = 11;
+/// Fields on the way from a value to the first size of its shape: its type, the
+/// tensor's type, the shape.
+const TO_SHAPE: [u64; 3] = [2, 1, 2];
+/// Input whose first size is the number of images per run.
+const INPUT_IDS: &[u8] = b"input_ids";
 const VALUE_NAME: u64 = 1;
 const TENSOR_NAME: u64 = 8;
 const TENSOR_RAW_DATA: u64 = 9;
@@ -350,6 +366,35 @@ fn name_of(tensor: &[u8]) -> Result<&[u8], String> {
 
 fn value_name(value: &[u8]) -> Result<&[u8], String> {
     last_bytes(value, VALUE_NAME)
+}
+
+/// Returns the first size of the tokens' input; `None` for other inputs, and if
+/// the size is not fixed.
+fn first_size(input: &[u8]) -> Result<Option<u64>, String> {
+    if value_name(input)? != INPUT_IDS {
+        return Ok(None);
+    }
+    let mut shape = input;
+    for number in TO_SHAPE {
+        shape = last_bytes(shape, number)?;
+    }
+    let mut sizes = Fields::new(shape);
+    let Some(first) = sizes.next()? else {
+        return Ok(None);
+    };
+    let (1, Content::Bytes(size)) = (first.number, first.content) else {
+        return Ok(None);
+    };
+    let mut size = Fields::new(size);
+    while let Some(field) = size.next()? {
+        if let (1, Content::Number(size)) = (field.number, field.content) {
+            // Some exporters write 0 or -1 for a size that is not fixed.
+            return Ok((1..=i64::MAX.cast_unsigned())
+                .contains(&size)
+                .then_some(size));
+        }
+    }
+    Ok(None)
 }
 
 /// Returns the bytes of a field; none if the message lacks the field. As in

@@ -109,13 +109,10 @@ impl Stages {
         let (reports, devices) = DeviceReports::new(ids, metrics.clone());
         let batching = &config.batching;
         let buckets = model.buckets(batching.buckets());
-        if let Some(operator) = model.batch_scaled
-            && batching.buckets().largest() > 1
-        {
+        if let Some(reason) = model.why_other_buckets(&batching.buckets()) {
             tracing::info!(
-                operator,
-                "images run one by one: in a batch the model's operator would give all images one \
-                 scale, and an image's answer would depend on the other images"
+                reason,
+                "the flags of batch sizes have no effect on this model"
             );
         }
         metrics.batch_size_max(buckets.largest());

@@ -140,6 +140,49 @@ def rename_input(graph: onnx.ModelProto, old: str, new: str) -> None:
                 node.input[i] = new
 
 
+def with_bool_mask(graph: onnx.ModelProto) -> onnx.ModelProto:
+    graph = copy.deepcopy(graph)
+    (value,) = (value for value in graph.graph.input if value.name == "attention_mask")
+    value.type.tensor_type.elem_type = TensorProto.BOOL
+    rename_input(graph, "attention_mask", "attention_mask_int64")
+    cast = helper.make_node(
+        "Cast", ["attention_mask"], ["attention_mask_int64"], to=TensorProto.INT64
+    )
+    graph.graph.node.insert(0, cast)
+    return graph
+
+
+def with_fixed_batch(graph: onnx.ModelProto, n_images: int) -> onnx.ModelProto:
+    """The declared sizes of an export without dynamic axes."""
+    graph = copy.deepcopy(graph)
+    for value in [*graph.graph.input, *graph.graph.output]:
+        value.type.tensor_type.shape.dim[0].dim_value = n_images
+    return graph
+
+
+def export_float16(model, path: Path) -> None:
+    """Weights, states and outputs in float16, as `optimum-cli export onnx
+    --dtype fp16` writes them."""
+    module = OptimumFeatures(copy.deepcopy(model).half()).eval()
+    names = ["input_ids", "attention_mask", "position_ids"]
+    axes = {0: "batch_size", 1: "sequence_length"}
+    tokens = torch.arange(2 * SIDE * SIDE).view(2, -1) % model.config.vocab_size
+    mask = torch.ones_like(tokens)
+    mask[1, 0] = 0
+    torch.onnx.export(
+        module,
+        (tokens, mask, torch.arange(SIDE * SIDE).repeat(2, 1)),
+        str(path),
+        input_names=names,
+        output_names=["last_hidden_state"],
+        dynamic_axes={name: axes for name in [*names, "last_hidden_state"]},
+        opset_version=18,
+        dynamo=False,
+    )
+    (output,) = onnx.load(path).graph.output
+    assert output.type.tensor_type.elem_type == TensorProto.FLOAT16
+
+
 def with_unknown_input(graph: onnx.ModelProto) -> onnx.ModelProto:
     graph = copy.deepcopy(graph)
     rename_output(graph, "states")
@@ -257,6 +300,19 @@ def main() -> None:
 
     path = folder("int32", plain, preprocessor(clusters))
     save(with_int32_input(graph), path / "model" / "model.onnx")
+
+    path = folder("bool-mask", plain, preprocessor(clusters))
+    optimum = onnx.load(FOLDER / "optimum" / "onnx" / "model.onnx")
+    save(with_bool_mask(optimum), path / "onnx" / "model.onnx")
+
+    path = folder("float16", plain, preprocessor(clusters))
+    export_float16(model, path / "model.onnx")
+
+    for n_images in (1, 3):
+        path = folder(f"fixed-batch-{n_images}", labeled, preprocessor(clusters))
+        save(with_fixed_batch(graph, n_images), path / "model.onnx")
+        logits = onnx.load(micro / "model_classification.onnx")
+        save(with_fixed_batch(logits, n_images), path / "model_classification.onnx")
 
     path = folder("unknown-input", plain, preprocessor(clusters))
     save(with_unknown_input(graph), path / "model.onnx")

@@ -64,6 +64,72 @@ async fn an_optimum_graph_gets_its_mask_and_positions() {
 }
 
 #[tokio::test]
+async fn a_mask_of_booleans_is_filled() {
+    check_embed("bool-mask").await;
+}
+
+/// Exports with a fixed batch axis run at its size, whatever the flags say.
+#[tokio::test]
+async fn a_fixed_batch_size_is_served_as_it_is() {
+    for (folder, size) in [("fixed-batch-1", 1.0), ("fixed-batch-3", 3.0)] {
+        check_embed(folder).await;
+        for flags in [&[][..], &["--batch-sizes", "2,8", "--max-batch-size", "8"]] {
+            let mut running = harness::onnx(folder, flags).await;
+            let (cases, n) = (expected(), 5);
+            let images = (0..n).map(|idx| tokens(cases[idx % 2].tokens.clone()));
+            let response = running.client.embed(embed(images.collect())).await;
+            let response = response.expect("a response").into_inner();
+            for (idx, result) in response.results.iter().enumerate() {
+                let got = vector(result).expect("a vector");
+                let error = relative_error(&got, &cases[idx % 2].raw.mean);
+                assert!(error <= 1e-5, "{folder} {idx}: {error:e}");
+            }
+            let classify = pb::ClassifyRequest {
+                images: vec![tokens(cases[0].tokens.clone())],
+                logits: true,
+                ..Default::default()
+            };
+            let response = running.client.classify(classify).await;
+            let outcome = response.expect("a response").into_inner().results.remove(0);
+            let Some(pb::classify_result::Outcome::Classification(got)) = outcome.outcome else {
+                panic!("{outcome:?}");
+            };
+            let logits = f32s(&got.logits.expect("logits"));
+            assert!(
+                relative_error(&logits, &cases[0].raw.logits) <= 1e-5,
+                "{folder}"
+            );
+            assert_eq!(running.sample("imagegpt_batch_size_max").await, size);
+            running.end().await;
+        }
+    }
+}
+
+/// Half of float32's digits: 11 bits, over two blocks of a graph that computes
+/// in them.
+#[tokio::test]
+async fn a_float16_graph_is_served() {
+    let mut running = harness::onnx("float16", &[]).await;
+    for case in &expected() {
+        for pooling in [pb::Pooling::Mean, pb::Pooling::Last] {
+            let ask = request(case, pb::Context::Raw, pooling);
+            // The second answer comes from memory that is bound.
+            for _ in 0..2 {
+                let response = running.client.embed(ask.clone()).await;
+                let got = vector(&response.expect("a response").get_ref().results[0]);
+                let want = match pooling {
+                    pb::Pooling::Last => &case.raw.last,
+                    _ => &case.raw.mean,
+                };
+                let error = relative_error(&got.expect("a vector"), want);
+                assert!(error <= 5e-3, "{error:e}");
+            }
+        }
+    }
+    running.end().await;
+}
+
+#[tokio::test]
 async fn an_int32_graph_gets_int32() {
     check_embed("int32").await;
 }

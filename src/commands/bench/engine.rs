@@ -154,15 +154,13 @@ fn load(args: &EngineArgs, model: &str) -> anyhow::Result<Loaded> {
     let folder = folder?;
     let mut model = Model::open(&folder, None)?;
     args.keep_asked(&mut model)?;
-    if let Some(operator) = model.batch_scaled
-        && config.batching.buckets().largest() > 1
-    {
-        progress::note(&format!(
-            "measuring batch size 1 alone, as a worker would serve this model: {operator} uses \
-             one quantization scale for all images of a batch"
-        ));
-        config.batching.batch_sizes = vec![1];
-        config.batching.max_batch_size = 1;
+    let asked = config.batching.buckets();
+    if let Some(reason) = model.why_other_buckets(&asked) {
+        progress::note(&reason);
+        let size = model.buckets(asked).largest();
+        let size = u16::try_from(size).unwrap_or(u16::MAX);
+        config.batching.batch_sizes = vec![size];
+        config.batching.max_batch_size = size;
     }
     let started = Instant::now();
     let engine = onnx_factory(&config, &model, &[])()?;

@@ -13,9 +13,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use half::f16;
+use ndarray::{CowArray, IxDyn};
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, RunOptions, Session, SessionInputValue};
-use ort::value::{DynTensor, Outlet, TensorElementType, ValueType};
+use ort::value::{
+    DynTensor, Outlet, PrimitiveTensorElementType, TensorElementType, TensorValueTypeMarker, Value,
+    ValueType,
+};
 
 use super::answers::answers;
 use crate::engine::{BatchRow, GraphRun, RunSpan};
@@ -39,6 +44,8 @@ pub(super) struct WholeGraph {
     session: Session,
     inputs: Vec<Input>,
     output: String,
+    /// Type of the output's numbers: float32 or float16.
+    numbers: TensorElementType,
     memory: Memory,
     /// Run options by batch size, which are made once like the buffers.
     options: BTreeMap<usize, Arc<RunOptions>>,
@@ -50,7 +57,43 @@ pub(super) struct WholeGraph {
 struct Input {
     name: String,
     role: Role,
-    integer: TensorElementType,
+    element: TensorElementType,
+}
+
+/// Number of an input, made of a token, a position or a mask's 1.
+trait InputNumber: Copy {
+    fn of(number: i32) -> Self;
+}
+
+impl InputNumber for i64 {
+    fn of(number: i32) -> Self {
+        number.into()
+    }
+}
+
+impl InputNumber for i32 {
+    fn of(number: i32) -> Self {
+        number
+    }
+}
+
+impl InputNumber for bool {
+    fn of(number: i32) -> Self {
+        number != 0
+    }
+}
+
+/// Masks alone have floats, which are 0 and 1.
+impl InputNumber for f32 {
+    fn of(number: i32) -> Self {
+        if number == 0 { 0.0 } else { 1.0 }
+    }
+}
+
+impl InputNumber for f16 {
+    fn of(number: i32) -> Self {
+        if number == 0 { Self::ZERO } else { Self::ONE }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -67,9 +110,19 @@ impl Role {
         matches!(self, Self::InputIds | Self::Targets)
     }
 
+    /// Returns true if the input may have numbers of this type.
+    fn takes(self, element: TensorElementType) -> bool {
+        use TensorElementType::{Bool, Float16, Float32, Int32, Int64};
+        match element {
+            Int64 | Int32 => true,
+            Bool | Float16 | Float32 => self == Self::AttentionMask,
+            _ => false,
+        }
+    }
+
     /// Writes a batch into an input's memory, and repeats the last row as
     /// padding.
-    fn fill<T: From<i32> + Copy>(self, places: &mut [T], batch: WholeBatch<'_>) {
+    fn fill<T: InputNumber>(self, places: &mut [T], batch: WholeBatch<'_>) {
         let row_len = batch.positions.max(1);
         for (row, places) in batch.rows.iter().zip(places.chunks_exact_mut(row_len)) {
             self.fill_row(places, row.tokens, batch.start);
@@ -82,19 +135,19 @@ impl Role {
 
     /// Writes one row. A start token comes first; then the last token of the
     /// image is not fed, since it is only a target.
-    fn fill_row<T: From<i32> + Copy>(self, places: &mut [T], tokens: &[u16], start: Option<u16>) {
+    fn fill_row<T: InputNumber>(self, places: &mut [T], tokens: &[u16], start: Option<u16>) {
         match (self, start) {
             (Self::InputIds, Some(start)) => {
                 if let Some((first, rest)) = places.split_first_mut() {
-                    *first = T::from(start.into());
+                    *first = T::of(start.into());
                     widen(rest, &tokens[..rest.len()]);
                 }
             }
             (Self::InputIds, None) | (Self::Targets, _) => widen(places, &tokens[..places.len()]),
-            (Self::AttentionMask, _) => places.fill(T::from(1)),
+            (Self::AttentionMask, _) => places.fill(T::of(1)),
             (Self::PositionIds, _) => {
                 for (place, position) in places.iter_mut().zip(0..) {
-                    *place = T::from(position);
+                    *place = T::of(position);
                 }
             }
         }
@@ -102,9 +155,9 @@ impl Role {
 }
 
 /// Converts tokens, in a loop as fast as memory, since the device waits for it.
-fn widen<T: From<i32>>(places: &mut [T], tokens: &[u16]) {
+fn widen<T: InputNumber>(places: &mut [T], tokens: &[u16]) {
     for (place, &token) in places.iter_mut().zip(tokens) {
-        *place = T::from(i32::from(token));
+        *place = T::of(i32::from(token));
     }
 }
 
@@ -145,13 +198,14 @@ impl WholeGraph {
         if !inputs.iter().any(|input| input.role == Role::InputIds) {
             return Err(refuse("has no input \"input_ids\"".to_owned()));
         }
-        let output = output(&session, graph).map_err(refuse)?;
+        let (output, numbers) = output(&session, graph).map_err(refuse)?;
         Ok(Self {
             file,
             bound: BTreeMap::new(),
             session,
             inputs,
             output,
+            numbers,
             memory: Memory {
                 provider: runtime_.provider,
                 device_id: runtime_.device_id,
@@ -215,9 +269,8 @@ impl WholeGraph {
         });
         *span = Some(ran);
         outcome.map_err(run_failed)?;
-        let output = bound.output()?;
-        let output = output.try_extract_array().map_err(runtime)?;
-        answers(run, batch.positions, &output)
+        let output = floats(bound.output()?)?;
+        answers(run, batch.positions, &output.view())
     }
 
     fn first_run(
@@ -234,9 +287,9 @@ impl WholeGraph {
         let output = outputs
             .get(&self.output)
             .ok_or_else(|| EngineError::Runtime("the run returned no output".to_owned()))?;
-        let output = output.try_extract_array().map_err(runtime)?;
+        let output = floats(output)?;
         let row = output.shape().iter().skip(1).copied().collect();
-        let answers = answers(run, batch.positions, &output)?;
+        let answers = answers(run, batch.positions, &output.view())?;
         self.row = Some(row);
         Ok(answers)
     }
@@ -276,24 +329,33 @@ fn input(outlet: &Outlet, graph: Graph) -> Result<Input, String> {
         }
     };
     match outlet.dtype() {
-        ValueType::Tensor { ty, .. }
-            if matches!(ty, TensorElementType::Int64 | TensorElementType::Int32) =>
-        {
-            Ok(Input {
-                name: name.to_owned(),
-                role,
-                integer: *ty,
-            })
-        }
+        ValueType::Tensor { ty, .. } if role.takes(*ty) => Ok(Input {
+            name: name.to_owned(),
+            role,
+            element: *ty,
+        }),
         other => Err(format!(
-            "input {name:?} is {other:?}; int32 and int64 tensors are supported"
+            "input {name:?} is {other:?}; int32 and int64 tensors are supported, and for \
+             attention_mask tensors of bool, float16 and float32"
         )),
     }
 }
 
-/// Returns the name of a graph's output, after checks of its existence and
-/// type.
-fn output(session: &Session, graph: Graph) -> Result<String, String> {
+/// Returns the numbers of an output as float32.
+fn floats<T: TensorValueTypeMarker + ?Sized>(
+    output: &Value<T>,
+) -> Result<CowArray<'_, f32, IxDyn>, EngineError> {
+    if output.dtype().tensor_type() == Some(TensorElementType::Float16) {
+        let halves = output.try_extract_array::<f16>().map_err(runtime)?;
+        return Ok(halves.mapv(f16::to_f32).into());
+    }
+    let floats = output.try_extract_array::<f32>().map_err(runtime)?;
+    Ok(floats.into())
+}
+
+/// Returns the name of a graph's output and the type of its numbers, after
+/// checks of both.
+fn output(session: &Session, graph: Graph) -> Result<(String, TensorElementType), String> {
     let wanted = match graph {
         Graph::Features(_) => "features",
         Graph::Hidden => "last_hidden_state",
@@ -308,13 +370,15 @@ fn output(session: &Session, graph: Graph) -> Result<String, String> {
             names.join(", ")
         ));
     };
-    if output.dtype().tensor_type() != Some(TensorElementType::Float32) {
-        return Err(format!(
-            "output {wanted:?} is {:?}; it must be a float32 tensor",
+    match output.dtype().tensor_type() {
+        Some(numbers @ (TensorElementType::Float32 | TensorElementType::Float16)) => {
+            Ok((wanted.to_owned(), numbers))
+        }
+        _ => Err(format!(
+            "output {wanted:?} is {:?}; it must be a float32 or float16 tensor",
             output.dtype()
-        ));
+        )),
     }
-    Ok(wanted.to_owned())
 }
 
 impl Input {
@@ -323,19 +387,28 @@ impl Input {
         allocator: &Allocator,
         batch: WholeBatch<'_>,
     ) -> Result<DynTensor, EngineError> {
-        DynTensor::new(allocator, self.integer, [batch.size, batch.positions]).map_err(run_failed)
+        DynTensor::new(allocator, self.element, [batch.size, batch.positions]).map_err(run_failed)
     }
 
     /// Writes the numbers of each row; padding repeats the last row, which
     /// costs nothing extra and has valid tokens.
     fn fill(&self, tensor: &mut DynTensor, batch: WholeBatch<'_>) -> Result<(), EngineError> {
-        if self.integer == TensorElementType::Int64 {
-            let (_, places) = tensor.try_extract_tensor_mut::<i64>().map_err(runtime)?;
-            self.role.fill(places, batch);
-        } else {
-            let (_, places) = tensor.try_extract_tensor_mut::<i32>().map_err(runtime)?;
-            self.role.fill(places, batch);
+        match self.element {
+            TensorElementType::Int64 => self.fill_with::<i64>(tensor, batch),
+            TensorElementType::Bool => self.fill_with::<bool>(tensor, batch),
+            TensorElementType::Float16 => self.fill_with::<f16>(tensor, batch),
+            TensorElementType::Float32 => self.fill_with::<f32>(tensor, batch),
+            _ => self.fill_with::<i32>(tensor, batch),
         }
+    }
+
+    fn fill_with<T: InputNumber + PrimitiveTensorElementType>(
+        &self,
+        tensor: &mut DynTensor,
+        batch: WholeBatch<'_>,
+    ) -> Result<(), EngineError> {
+        let (_, places) = tensor.try_extract_tensor_mut::<T>().map_err(runtime)?;
+        self.role.fill(places, batch);
         Ok(())
     }
 }
@@ -402,8 +475,7 @@ impl Bound {
             let shape: Vec<usize> = std::iter::once(batch.size)
                 .chain(row.iter().copied())
                 .collect();
-            let output =
-                DynTensor::new(allocator, TensorElementType::Float32, shape).map_err(run_failed)?;
+            let output = DynTensor::new(allocator, graph.numbers, shape).map_err(run_failed)?;
             Ok((inputs?, output))
         };
         let (mut inputs, output) = new(&Memory::host(session)?)?;

@@ -291,3 +291,28 @@ fn tensors_of_the_workers_own_operators_are_known() {
     let gather = node("Gather", &["b", "i"], &["x"]);
     assert_eq!(graph(vec![ours(&all), gather], "c"), [true, false, false]);
 }
+
+#[test]
+fn a_fixed_batch_size_is_found() {
+    use crate::model::onnx::Dim;
+    let input = |name: &str, dims: &[Dim]| ValueInfoProto::tensor(name, DataType::Int64, dims);
+    let found = |inputs: Vec<ValueInfoProto>| {
+        let graph = GraphProto {
+            input: inputs,
+            ..GraphProto::default()
+        };
+        look(&model(graph)).unwrap().batch_fixed
+    };
+    let (fixed, free) = (
+        [Dim::Size(4), Dim::Size(64)],
+        [Dim::Name("batch"), Dim::Size(64)],
+    );
+    assert_eq!(found(vec![input("input_ids", &fixed)]), Some(4));
+    assert_eq!(found(vec![input("input_ids", &free)]), None);
+    assert_eq!(found(vec![input("input_ids", &[])]), None);
+    assert_eq!(found(vec![input("input_ids", &[Dim::Size(0)])]), None);
+    // Older graphs list their weights among the inputs.
+    let both = vec![input("wte.weight", &fixed), input("input_ids", &free)];
+    assert_eq!(found(both), None);
+    assert_eq!(found(Vec::new()), None);
+}

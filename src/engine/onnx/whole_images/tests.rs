@@ -140,13 +140,13 @@ fn a_run_that_was_stopped_does_not_stop_the_next() {
 }
 
 /// Returns an input's memory after a batch of two images, and then of one.
-fn filled<T: From<i32> + Copy>(role: Role, start: Option<u16>) -> [Vec<T>; 2] {
+fn filled<T: InputNumber>(role: Role, start: Option<u16>) -> [Vec<T>; 2] {
     let images: [&[u16]; 2] = [&[1, 2, 3], &[4, 5, 65535]];
     let rows = images.map(|tokens| BatchRow {
         tokens,
         want: Want::Mean,
     });
-    let mut places = vec![T::from(-1); 9];
+    let mut places = vec![T::of(-1); 9];
     let mut fill = |rows: &[BatchRow<'_>]| {
         let batch = WholeBatch {
             rows,
@@ -195,4 +195,18 @@ fn all_nodes_are_where_they_should_be() {
     placement::check(&placement, Provider::Cpu, false).expect("all on the CPU");
     // The same graph is refused on a GPU that takes none of its nodes.
     placement::check(&placement, Provider::Cuda, false).expect_err("nothing is on the GPU");
+}
+
+#[test]
+fn masks_of_every_type_are_ones() {
+    for mask in filled::<bool>(Role::AttentionMask, None) {
+        assert_eq!(mask, [true; 9]);
+    }
+    for mask in filled::<f16>(Role::AttentionMask, None) {
+        assert_eq!(mask, [f16::ONE; 9]);
+    }
+    for mask in filled::<f32>(Role::AttentionMask, None) {
+        let bits: Vec<u32> = mask.into_iter().map(f32::to_bits).collect();
+        assert_eq!(bits, [1.0_f32.to_bits(); 9]);
+    }
 }
