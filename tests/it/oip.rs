@@ -589,6 +589,26 @@ fn wrong() -> Vec<(Asked, Code, &'static str)> {
             "head: \"mood\" is not loaded",
         ),
         (
+            parameter("priority", ParameterChoice::Int64Param(3)),
+            invalid,
+            "priority: 3 is not a level; use 1 (interactive), 2 (bulk) or 0",
+        ),
+        (
+            with(&|r| {
+                r.outputs = vec![output("tokens", &[("shared_memory_region", word("a"))])];
+            }),
+            invalid,
+            "shared_memory_region: the worker has no shared memory",
+        ),
+        (
+            with(&|r| {
+                r.raw_input_contents.clear();
+                r.inputs[0].parameters = parameters(&[("shared_memory_region", word("a"))]);
+            }),
+            invalid,
+            "shared_memory_region: the worker has no shared memory",
+        ),
+        (
             parameter("timeout", word("soon")),
             invalid,
             "timeout: it must be an int64_param",

@@ -110,6 +110,11 @@ fn name<T: Copy + PartialEq>(value: T, choices: &[(&'static str, T)]) -> &'stati
     found.map_or("", |(name, _)| name)
 }
 
+/// Beginning of the parameters by which clients of Triton on the same machine
+/// place a tensor into shared memory. Ignoring them would leave such a client
+/// with whatever its memory held before.
+const SHARED_MEMORY: &str = "shared_memory_";
+
 /// Names of parameters that only a whole request may have.
 const OF_REQUESTS: [&str; 5] = ["priority", "timeout", "partial", "fit", "alpha"];
 
@@ -121,7 +126,7 @@ pub(super) fn of_request(
     let (mut manner, mut options) = (RequestParameters::default(), OutputOptions::default());
     for (name, parameter) in parameters {
         match name.as_str() {
-            "priority" => manner.class = class(whole("priority", parameter)?),
+            "priority" => manner.class = class(whole("priority", parameter)?)?,
             "timeout" => {
                 // In the protocol, 0 means no timeout.
                 manner.timeout = Some(whole("timeout", parameter)?)
@@ -172,6 +177,16 @@ pub(super) fn of_input(parameters: &Parameters) -> Result<(), RequestError> {
 }
 
 fn refuse_misplaced(name: &str) -> Result<(), RequestError> {
+    if name.starts_with(SHARED_MEMORY) {
+        return Err(invalid(
+            "parameters",
+            format!(
+                "{}: the worker has no shared memory with its clients; leave the parameter out, \
+                 and tensors travel in the messages",
+                Excerpt::of(name)
+            ),
+        ));
+    }
     if OF_REQUESTS.contains(&name) {
         return Err(misplaced(name));
     }
@@ -213,13 +228,17 @@ impl OutputOptions {
     }
 }
 
-/// Converts a priority level: 1 is the most urgent; 0 and unknown levels are
-/// the default, as in Triton.
-fn class(priority: u64) -> Option<Priority> {
+/// Converts a priority level: 1 is the most urgent, and 0 is the default, as in
+/// Triton.
+fn class(priority: u64) -> Result<Option<Priority>, RequestError> {
     match priority {
-        1 => Some(Priority::Interactive),
-        2 => Some(Priority::Bulk),
-        _ => None,
+        0 => Ok(None),
+        1 => Ok(Some(Priority::Interactive)),
+        2 => Ok(Some(Priority::Bulk)),
+        other => Err(invalid(
+            "priority",
+            format!("{other} is not a level; use 1 (interactive), 2 (bulk) or 0 (the default)"),
+        )),
     }
 }
 
@@ -337,6 +356,51 @@ mod tests {
         assert_eq!(output.layers, [2]);
         assert_eq!(output.dtype, i32::from(pb::DataType::F16));
         assert_eq!(output.n_classes, None);
+    }
+
+    #[test]
+    fn levels_of_priority_are_those_of_the_classes() {
+        let read = |choice| of_request(&parameters(&[("priority", choice)]));
+        for (level, expected) in [
+            (0, None),
+            (1, Some(Priority::Interactive)),
+            (2, Some(Priority::Bulk)),
+        ] {
+            for choice in [
+                ParameterChoice::Uint64Param(level),
+                ParameterChoice::Int64Param(level.cast_signed()),
+            ] {
+                assert_eq!(read(choice).expect("a level").0.class, expected);
+            }
+        }
+        for choice in [
+            ParameterChoice::Uint64Param(3),
+            ParameterChoice::Uint64Param(u64::MAX),
+            ParameterChoice::Int64Param(-1),
+            ParameterChoice::Int64Param(i64::MAX),
+            ParameterChoice::DoubleParam(1.0),
+            word("1"),
+        ] {
+            let error = read(choice).expect_err("no level").to_string();
+            assert!(error.starts_with("priority: "), "{error}");
+        }
+    }
+
+    #[test]
+    fn shared_memory_is_refused() {
+        for (name, value) in [
+            ("shared_memory_region", word("pictures")),
+            ("shared_memory_offset", ParameterChoice::Int64Param(0)),
+            ("shared_memory_byte_size", ParameterChoice::Int64Param(64)),
+        ] {
+            let given = parameters(&[(name, value)]);
+            let output = of_output(&OutputOptions::default(), &given).expect_err("an output's");
+            let input = of_input(&given).expect_err("an input's");
+            for error in [output.to_string(), input.to_string()] {
+                let words = format!("parameters: {name}: the worker has no shared memory");
+                assert!(error.starts_with(&words), "{error}");
+            }
+        }
     }
 
     #[test]
