@@ -106,8 +106,9 @@ loom: ## Try every order in which the worker's threads may meet (loom)
 	cargo run --locked --manifest-path tests/loom/Cargo.toml
 
 .PHONY: deny
-deny: target/tools/bin/cargo-deny target/tools/bin/cargo-machete ## Check dependencies: licenses, sources, and that each is used (builds cargo-deny and cargo-machete first)
+deny: target/tools/bin/cargo-deny target/tools/bin/cargo-machete ## Check dependencies: licenses, sources, advisories where their database can be reached, and that each is used (builds cargo-deny and cargo-machete first)
 	target/tools/bin/cargo-deny --locked check bans licenses sources
+	scripts/advisories.sh
 	target/tools/bin/cargo-machete
 
 target/tools/bin/cargo-deny:

@@ -49,3 +49,42 @@ fn a_wrong_setting_of_bench_gpu_is_one_line_and_exit_code_2() {
         assert!(output.stdout.is_empty() && !out.exists());
     }
 }
+
+/// Runs `scripts/advisories.sh` with a program in the place of cargo-deny, which
+/// prints its arguments and ends with the exit code 7.
+fn advisories(folder: &Path, database: &Path) -> Output {
+    use std::os::unix::fs::PermissionsExt as _;
+    let program = folder.join("cargo-deny");
+    std::fs::write(&program, "#!/bin/sh\necho \"$@\"\nexit 7\n").expect("written");
+    let executable = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(&program, executable).expect("executable");
+    Command::new(in_scripts("advisories.sh"))
+        .env("ADVISORIES", database)
+        .env("CARGO_DENY", program)
+        .output()
+        .expect("bash")
+}
+
+#[test]
+fn advisories_are_checked_where_their_database_is_and_said_not_to_be_elsewhere() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let nowhere = folder.path().join("nowhere");
+    let output = advisories(folder.path(), &nowhere);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("advisories are NOT checked"), "{said}");
+    assert!(said.contains("nowhere cannot be reached"), "{said}");
+    assert!(output.stdout.is_empty());
+
+    let there = folder.path().join("there");
+    let made = Command::new("git")
+        .arg("init")
+        .arg("--quiet")
+        .arg(&there)
+        .status();
+    assert!(made.expect("git").success());
+    let output = advisories(folder.path(), &there);
+    assert_eq!(output.status.code(), Some(7));
+    let ran = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(ran.trim(), "--locked check advisories");
+}
