@@ -312,7 +312,9 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
     let runtime = runtime()?;
     let mut out = Printer::stdout(Unread::GoesOn);
     let ended = runtime.block_on(async {
-        embed::check(args).await?;
+        if let Some(ended) = embed::check(args).await? {
+            return Ok(ended);
+        }
         let mut signals = Signals::new()?;
         let mut config = args.workers.own.config(&[])?;
         let mut own = None;

@@ -60,7 +60,7 @@ use self::reader::ShardWork;
 use self::recorded::remove_superseded;
 use self::report::{Report, say, warn_of_no_rows};
 use self::request::asked;
-use self::sink::Sink;
+use self::sink::{Sink, is_full};
 use self::table::{OWN_COLUMNS, TOKENS_COLUMN, is_layer_column};
 use self::web::WebTrust;
 use crate::client::pool::WorkerPool;
@@ -99,18 +99,25 @@ pub enum JobEnded {
 }
 
 /// Checks the flags, and that the output can be written: all that can be
-/// checked before a model is loaded or a worker is asked.
+/// checked before a model is loaded or a worker is asked. Returns an end of the
+/// command if the output's disk is full, which may be mended.
 ///
 /// # Errors
 ///
 /// When the flags or the output cannot be used.
-pub async fn check(args: &EmbedArgs) -> anyhow::Result<()> {
+pub async fn check(args: &EmbedArgs) -> anyhow::Result<Option<JobEnded>> {
     let sink = Sink::open(&args.output, &Stores::default())?;
     if args.share.finish {
-        return Ok(());
+        return Ok(None);
     }
     args.validate()?;
-    sink.check().await
+    match sink.check().await {
+        Err(error) if is_full(&error) => {
+            tracing::error!("{error:#}; the same command goes on once there is room");
+            Ok(Some(JobEnded::Failed))
+        }
+        checked => checked.map(|()| None),
+    }
 }
 
 /// Runs the command after [`check`]; the JSON report goes to `out`. The inputs

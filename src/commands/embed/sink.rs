@@ -6,11 +6,12 @@
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Context as _;
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
-use object_store::{ObjectStoreExt as _, PutMode, PutOptions, WriteMultipart};
+use object_store::{ObjectStoreExt as _, PutMode, PutOptions, UpdateVersion, WriteMultipart};
 
 use super::location::{Location, ReadError, Stores};
 use crate::files::Trouble;
@@ -24,6 +25,16 @@ const PIECES: usize = 4;
 /// Largest file that is read back: a manifest or a record, which this program
 /// wrote.
 const NOTE_BYTES_MAX: u64 = 1 << 30;
+/// Largest file that is read with its version: a lease, which takes 500 bytes.
+const SMALL_BYTES_MAX: u64 = 1 << 20;
+
+/// Content of a file that was read or written, by which a change is noticed.
+#[derive(Debug, Clone)]
+pub(super) struct FileVersion {
+    pub(super) content: Bytes,
+    /// Version by the store; none on a disk.
+    of_store: Option<UpdateVersion>,
+}
 
 /// Directory, or prefix of a bucket, that output is written into.
 #[derive(Debug, Clone)]
@@ -42,6 +53,21 @@ impl Sink {
             "--output {text}: cannot write over HTTP; give a directory, s3://, gs:// or az://"
         );
         Ok(Self(stores.locate(text)?))
+    }
+
+    /// Makes the output of a store in memory.
+    #[cfg(test)]
+    pub(super) fn in_memory(store: std::sync::Arc<dyn object_store::ObjectStore>) -> Self {
+        Self(Location::Remote {
+            store,
+            path: object_store::path::Path::from("job"),
+            url: "memory://bucket/job".to_owned(),
+        })
+    }
+
+    /// True for a directory on a disk of this machine or network.
+    pub(super) fn is_local(&self) -> bool {
+        matches!(self.0, Location::Local(_))
     }
 
     /// Checks that a directory on a disk can be written into, or created if it
@@ -79,7 +105,7 @@ impl Sink {
         let result = match &at {
             Location::Local(path) => {
                 let path = path.clone();
-                let write = move || write_file(&path, &content, false).map(|_| ());
+                let write = move || write_file(&path, &content, Placement::Replace).map(|_| ());
                 tokio::task::spawn_blocking(write).await?
             }
             Location::Remote { store, path, .. } if content.len() <= WHOLE_BYTES_MAX => store
@@ -110,7 +136,8 @@ impl Sink {
         let result = match &at {
             Location::Local(path) => {
                 let path = path.clone();
-                tokio::task::spawn_blocking(move || write_file(&path, &content, true)).await?
+                let write = move || write_file(&path, &content, Placement::Create);
+                tokio::task::spawn_blocking(write).await?
             }
             Location::Remote { store, path, .. } => {
                 let options = PutOptions::from(PutMode::Create);
@@ -122,6 +149,85 @@ impl Sink {
             }
         };
         result.with_context(|| format!("{at} cannot be written"))
+    }
+
+    /// Reads a small file together with its version; `None` if the file does not
+    /// exist.
+    pub(super) async fn read_version(&self, name: &str) -> anyhow::Result<Option<FileVersion>> {
+        let at = self.0.join(name);
+        let Location::Remote { store, path, .. } = &at else {
+            let content = self.read(name).await?;
+            return Ok(content.map(|content| FileVersion {
+                content,
+                of_store: None,
+            }));
+        };
+        let read = async {
+            let found = match store.get(path).await {
+                Err(object_store::Error::NotFound { .. }) => return Ok(None),
+                found => found?,
+            };
+            let version = UpdateVersion {
+                e_tag: found.meta.e_tag.clone(),
+                version: found.meta.version.clone(),
+            };
+            anyhow::ensure!(
+                found.meta.size <= SMALL_BYTES_MAX,
+                "it has {} bytes; the limit is {SMALL_BYTES_MAX}",
+                found.meta.size
+            );
+            let content = found.bytes().await?;
+            Ok(Some(FileVersion {
+                content,
+                of_store: Some(version),
+            }))
+        };
+        read.await.with_context(|| format!("{at} cannot be read"))
+    }
+
+    /// Replaces a small file if it is still `old`; returns its new version, or
+    /// `None` if it has changed. On a disk the file is compared first, which
+    /// leaves a moment in which it may change; so does a store that knows no
+    /// conditions.
+    pub(super) async fn replace(
+        &self,
+        name: &str,
+        old: &FileVersion,
+        content: Bytes,
+    ) -> anyhow::Result<Option<FileVersion>> {
+        let at = self.0.join(name);
+        if let (Location::Remote { store, path, .. }, Some(version)) = (&at, &old.of_store) {
+            use object_store::Error::{NotFound, NotImplemented, NotSupported, Precondition};
+            let options = PutOptions::from(PutMode::Update(version.clone()));
+            match store.put_opts(path, content.clone().into(), options).await {
+                Ok(put) => {
+                    return Ok(Some(FileVersion {
+                        content,
+                        of_store: Some(put.into()),
+                    }));
+                }
+                Err(Precondition { .. } | NotFound { .. }) => return Ok(None),
+                Err(NotImplemented { .. } | NotSupported { .. }) => {}
+                Err(error) => {
+                    return Err(error).with_context(|| format!("{at} cannot be written"));
+                }
+            }
+        }
+        let there = self.read_version(name).await?;
+        if there.is_none_or(|there| there.content != old.content) {
+            return Ok(None);
+        }
+        if let Location::Local(path) = &at {
+            let (path, content) = (path.clone(), content.clone());
+            let write = move || write_file(&path, &content, Placement::ReplaceShared);
+            tokio::task::spawn_blocking(write)
+                .await?
+                .with_context(|| format!("{at} cannot be written"))?;
+        } else {
+            self.write(name, content.clone()).await?;
+        }
+        let there = self.read_version(name).await?;
+        Ok(there.filter(|there| there.content == content))
     }
 
     /// Reads a file that this program wrote; `None` if the file does not exist.
@@ -171,8 +277,11 @@ fn probe(folder: &Path) -> anyhow::Result<()> {
     let there = there.context("no directory of this path exists")?;
     anyhow::ensure!(there.is_dir(), "{} is not a directory", there.display());
     let file = there.join(format!(".imagegpt.{}.tmp", std::process::id()));
-    std::fs::write(&file, b"probe")?;
-    std::fs::remove_file(&file)?;
+    // A full disk may take the name and not the content.
+    let written = std::fs::write(&file, b"probe");
+    let removed = std::fs::remove_file(&file);
+    written?;
+    removed?;
     Ok(())
 }
 
@@ -195,41 +304,76 @@ fn list_folder(path: &Path) -> std::io::Result<Vec<(String, u64)>> {
     Ok(found)
 }
 
-/// Writes a file through a temporary file; `false` if `new` is set and the file
-/// exists. A kill can leave a dotfile, which the same job overwrites.
-fn write_file(path: &Path, content: &[u8], new: bool) -> anyhow::Result<bool> {
+/// True if a disk or a quota is full, or a file over a limit of the process: an
+/// error that passes once there is room.
+pub(super) fn is_full(error: &anyhow::Error) -> bool {
+    use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    error.chain().any(|cause| {
+        let cause = cause.downcast_ref::<std::io::Error>();
+        let kind = cause.map(std::io::Error::kind);
+        matches!(kind, Some(StorageFull | QuotaExceeded | FileTooLarge))
+    })
+}
+
+/// Ways of placing a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Placement {
+    /// Replaces a file that only one process writes.
+    Replace,
+    /// Replaces a file that several processes may write at the same time.
+    ReplaceShared,
+    /// Creates a file that must not exist.
+    Create,
+}
+
+/// Writes a file through a temporary file; `false` if it must not exist and
+/// does. A kill can leave a dotfile, which the same job overwrites; an error
+/// leaves none, since a disk that is full keeps no room for its remains.
+fn write_file(path: &Path, content: &[u8], placement: Placement) -> anyhow::Result<bool> {
     let folder = path.parent().context("the path has no directory")?;
     std::fs::create_dir_all(folder)?;
     let name = path.file_name().context("the path has no file name")?;
     let name = name.to_string_lossy();
     // Jobs that begin at the same time must not write into each other's
     // temporary files.
-    let temporary: PathBuf = if new {
-        folder.join(format!(".{name}.{}.tmp", std::process::id()))
-    } else {
+    let temporary: PathBuf = if placement == Placement::Replace {
         folder.join(format!(".{name}.tmp"))
+    } else {
+        static WRITES: AtomicU64 = AtomicU64::new(0);
+        let (pid, n) = (std::process::id(), WRITES.fetch_add(1, Ordering::Relaxed));
+        folder.join(format!(".{name}.{pid}-{n}.tmp"))
     };
-    let mut file = std::fs::File::create(&temporary)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    drop(file);
-    let created = if new {
+    let placed = put_content(&temporary, content).and_then(|()| {
+        if placement != Placement::Create {
+            return std::fs::rename(&temporary, path).map(|()| true);
+        }
         // A hard link fails where a rename would replace the file.
         let linked = std::fs::hard_link(&temporary, path);
         std::fs::remove_file(&temporary)?;
         match linked {
-            Ok(()) => true,
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
-            Err(error) => return Err(error.into()),
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(error),
         }
-    } else {
-        std::fs::rename(&temporary, path)?;
-        true
+    });
+    let created = match placed {
+        Ok(created) => created,
+        Err(error) => {
+            // The first error is the one that counts.
+            let _ = std::fs::remove_file(&temporary);
+            return Err(error.into());
+        }
     };
     // Flushes the directory too, so that the file's name survives a crash of
     // the machine.
     std::fs::File::open(folder)?.sync_all()?;
     Ok(created)
+}
+
+fn put_content(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let mut file = std::fs::File::create(path)?;
+    file.write_all(content)?;
+    file.sync_all()
 }
 
 #[cfg(test)]
@@ -256,5 +400,41 @@ mod tests {
         names.sort();
         assert_eq!(names, [("b".to_owned(), 3), ("c".to_owned(), 5)]);
         assert!(Sink::open("http://a/b", &Stores::default()).is_err());
+    }
+
+    #[test]
+    fn a_failed_write_leaves_no_temporary_file() {
+        let dir = tempfile::tempdir().unwrap();
+        // A directory in the place of the file lets the last step fail.
+        let path = dir.path().join("a");
+        std::fs::create_dir_all(path.join("b")).unwrap();
+        for placement in [Placement::Replace, Placement::ReplaceShared] {
+            write_file(&path, b"content", placement).unwrap_err();
+        }
+        assert!(!write_file(&path, b"content", Placement::Create).unwrap());
+        let names: Vec<_> = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(names, ["a"]);
+    }
+
+    #[test]
+    fn full_disks_are_told_from_other_errors() {
+        // Linux's numbers: EFBIG, ENOSPC, EDQUOT; EACCES, EROFS.
+        for (number, expected) in [
+            (27, true),
+            (28, true),
+            (122, true),
+            (13, false),
+            (30, false),
+        ] {
+            let error = anyhow::Error::from(std::io::Error::from_raw_os_error(number));
+            assert_eq!(
+                is_full(&error.context("cannot be written")),
+                expected,
+                "{number}"
+            );
+        }
     }
 }

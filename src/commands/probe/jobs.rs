@@ -116,7 +116,9 @@ impl<'a> ProbeWorkers<'a> {
         let mut args = parsed(&flags)?;
         args.workers = self.config.clone();
         args.connect = self.connect.clone();
-        embed::check(&args).await?;
+        if let Some(ended) = embed::check(&args).await? {
+            return Err(Unfinished(ended).into());
+        }
         let terminal = self.terminal;
         // The job's own report is for a command of its own.
         let mut report = Vec::new();
