@@ -25,6 +25,8 @@ use crate::process::{PATIENCE, Worker, said, signal, until};
 mod hub;
 #[path = "dataset/layers.rs"]
 mod layers;
+#[path = "dataset/lease.rs"]
+mod lease;
 #[path = "dataset/probe.rs"]
 mod probe;
 mod process;

@@ -19,6 +19,7 @@ mod identity;
 mod input;
 mod journal;
 mod kept;
+mod lease;
 mod lists;
 mod location;
 mod memory;
@@ -255,7 +256,7 @@ impl EmbedArgs {
 
 impl Prepared {
     async fn run(
-        self,
+        mut self,
         args: &EmbedArgs,
         terminal: &Terminal,
         stop: impl Future<Output = ()>,
@@ -307,6 +308,7 @@ impl Prepared {
             tokio::select! {
                 result = pipeline::run(job, pool, tasks_in, answers, &counts) => result.map(|()| None),
                 () = stop => Ok(Some(JobEnded::Interrupted)),
+                error = self.lease.lost() => Err(error),
             }
         };
         let (outcome, reason) = match result {
@@ -323,6 +325,7 @@ impl Prepared {
             tracing::warn!("{warning}");
         }
         let reported = self.report(outcome, reason, &counts, started, out).await;
+        self.lease.release().await;
         Ok(reported.unwrap_or_else(|error| {
             tracing::error!("{error:#}");
             JobEnded::Failed

@@ -10,6 +10,7 @@ use super::history::{PartHistory, histories};
 use super::hub::{self, HubError};
 use super::input::{self, Broken, Reading};
 use super::journal::{self, JobManifest, ModelFact, NoRecord, PartId, Record};
+use super::lease::{LeaseTimes, ShareLease, ShareTaken};
 use super::location::{ReadError, Stores};
 use super::memory::ImageMemory;
 use super::pipeline;
@@ -75,6 +76,8 @@ pub(super) struct Prepared {
     pub(super) model: pb::GetModelResponse,
     pub(super) pool: PoolConfig,
     pub(super) sink: Sink,
+    /// Right to work on the share, which other processes are refused.
+    pub(super) lease: ShareLease,
     pub(super) stores: Arc<Stores>,
     pub(super) shape: TableShape,
     pub(super) records: BTreeMap<PartId, Record>,
@@ -90,6 +93,8 @@ impl Prepared {
         sink: Sink,
     ) -> Result<Self, Unprepared> {
         let share = args.share.share().map_err(Unprepared::Refused)?;
+        // Told before a model is loaded, which may take long.
+        refuse_taken(&sink, share).await?;
         let began = hub::began(&args.inputs, &sink)
             .await
             .map_err(Unprepared::Failed)?;
@@ -151,6 +156,10 @@ impl Prepared {
                 Unprepared::Failed(error)
             }
         })?;
+        // Nothing of the share may be removed or written without it.
+        let lease = ShareLease::take(&sink, share, LeaseTimes::default())
+            .await
+            .map_err(Unprepared::Failed)?;
         let n_shards = plan.shards.len();
         let is_ours = |shard: usize| shard < n_shards && share.has(shard);
         pipeline::forget_unfinished(&sink, is_ours)
@@ -174,6 +183,7 @@ impl Prepared {
             model,
             pool,
             sink,
+            lease,
             stores: Arc::clone(stores),
             shape,
             records: recorded.whole,
@@ -256,6 +266,15 @@ impl Prepared {
                 })
             })
             .collect()
+    }
+}
+
+/// Refuses a share on which another process is known to work. Whatever else is
+/// wrong with the output shows when its manifest is written.
+async fn refuse_taken(sink: &Sink, share: JobShare) -> Result<(), Unprepared> {
+    match ShareLease::check(sink, share).await {
+        Err(error) if error.is::<ShareTaken>() => Err(Unprepared::Failed(error)),
+        _ => Ok(()),
     }
 }
 
