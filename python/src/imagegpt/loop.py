@@ -57,6 +57,12 @@ class GrpcLoop:
                 cls._current = GrpcLoop()
             return cls._current
 
+    @classmethod
+    def current(cls) -> GrpcLoop | None:
+        """Returns this process's loop, if there is one."""
+        current = cls._current
+        return current if current is not None and current.process == os.getpid() else None
+
     def submit(self, coroutine: Coroutine[Any, Any, _T]) -> concurrent.futures.Future[_T]:
         """Begins a coroutine in the loop."""
         with self._lock:

@@ -14,6 +14,7 @@ import asyncio
 import bisect
 import contextlib
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -248,6 +249,9 @@ class EmbedStream:
     stream, which adds to ``capacity``.
     """
 
+    #: Streams of this process that are open.
+    opened: weakref.WeakSet[EmbedStream] = weakref.WeakSet()
+
     def __init__(
         self,
         connections: Connections,
@@ -300,6 +304,7 @@ class EmbedStream:
     def start(self) -> None:
         """Starts to look for workers."""
         self._in_progress.__enter__()
+        self.opened.add(self)
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
     def add(self, tasks: Sequence[Task]) -> None:
@@ -313,6 +318,9 @@ class EmbedStream:
     async def close(self) -> None:
         """Ends the stream: in good order if all images are answered, or else at
         once."""
+        if self not in self.opened:
+            return
+        self.opened.discard(self)
         self._finishing = self._unanswered == 0 and not self._ended
         tasks = list(self._sessions.values())
         if self._keeper is not None:

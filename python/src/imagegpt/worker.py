@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -21,6 +23,8 @@ from imagegpt.client import Client
 from imagegpt.core import ClientCore, checked_timeout
 from imagegpt.errors import UnavailableError, WorkerStartError
 from imagegpt.ledger import Ledger
+from imagegpt.loop import GrpcLoop
+from imagegpt.stream import EmbedStream
 
 __all__ = ["LocalWorker", "find_program"]
 
@@ -32,6 +36,8 @@ _LINE_BYTES_MAX = 1 << 16
 # Longest time in seconds for the last answers of a worker that is closed, and then
 # for its end.
 _GRACE = 30.0
+# Longest time in seconds in which streams are closed at the end of the program.
+_STREAMS_GRACE = 5.0
 # Variables that are meant for a worker that others reach.
 _OF_OTHERS = (
     "IMAGEGPT_AUTH_TOKENS_FILE",
@@ -190,6 +196,8 @@ class LocalWorker(Client):
         _running.add(self)
         self._log = _Log(self._process_handle)
         self._finalizer = weakref.finalize(self, _end, self._process_handle, self._owner)
+        # At exit after the streams, which would complain of a worker that is gone.
+        self._finalizer.atexit = False
         try:
             endpoint = self._log.await_ready(patience)
         except BaseException:
@@ -251,6 +259,25 @@ class LocalWorker(Client):
 
 
 _running: weakref.WeakSet[LocalWorker] = weakref.WeakSet()
+
+
+def _at_exit() -> None:
+    """Ends what the program has left: streams, and then workers."""
+    loop = GrpcLoop.current()
+    if loop is not None and EmbedStream.opened:
+        # The end does not depend on it.
+        with contextlib.suppress(Exception):
+            loop.submit(_close_streams()).result(_STREAMS_GRACE)
+    for worker in list(_running):
+        worker._finalizer()
+
+
+async def _close_streams() -> None:
+    for stream in list(EmbedStream.opened):
+        await stream.close()
+
+
+atexit.register(_at_exit)
 
 
 def _after_fork() -> None:
