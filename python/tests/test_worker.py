@@ -241,6 +241,7 @@ def test_errors_have_names_and_the_image(emoji: LocalWorker, pictures: list[Path
         emoji.complete(pictures[0])
 
 
+@pytest.mark.slow  # gRPC hangs in a forked child now and then.
 def test_a_forked_process_connects_anew(emoji: LocalWorker, pictures: list[Path]) -> None:
     client = Client(emoji.endpoint)
     wanted = client.embed(pictures[:2])
@@ -262,6 +263,7 @@ def test_a_forked_process_connects_anew(emoji: LocalWorker, pictures: list[Path]
     client.close()
 
 
+@pytest.mark.slow  # gRPC hangs in a forked child now and then.
 def test_a_process_that_is_forked_during_a_call_says_so(
     emoji: LocalWorker, pictures: list[Path]
 ) -> None:
