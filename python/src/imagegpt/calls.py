@@ -21,7 +21,7 @@ from imagegpt.errors import ClosedError, WorkerError, worker_error_class
 from imagegpt.options import PRIORITIES, Priority, chosen
 from imagegpt.v1 import imagegpt_pb2_grpc
 
-__all__ = ["Connections", "Failure", "Patience", "backoff"]
+__all__ = ["Connections", "Failure", "Patience", "backoff", "code_name"]
 
 log = logging.getLogger("imagegpt")
 
@@ -34,7 +34,14 @@ RETRY_MIN, RETRY_MAX = 0.005, 30.0
 # worker's.
 BACKOFF_MIN, BACKOFF_MAX = 0.05, 5.0
 
+_CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
+
 _R = TypeVar("_R")
+
+
+def code_name(number: int) -> str:
+    """Returns the name of a gRPC code, as a status within a message has it."""
+    return _CODE_NAMES.get(number, "UNKNOWN")
 
 
 def backoff() -> Iterator[float]:

@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 import numpy
 
-from imagegpt.calls import Connections, Failure
+from imagegpt.calls import Connections, Failure, code_name
 from imagegpt.endpoints import ConnectOptions
 from imagegpt.errors import (
     ClosedError,
@@ -152,25 +152,14 @@ class ClientCore:
 
     def __init__(
         self,
-        endpoints: str | Sequence[str] | None = None,
         *,
-        timeout: float | None = 300.0,
-        digest: str | None = None,
-        tls: bool | None = None,
-        tls_ca: str | os.PathLike[str] | None = None,
-        tls_client_cert: str | os.PathLike[str] | None = None,
-        tls_client_key: str | os.PathLike[str] | None = None,
-        token: str | None = None,
-        token_file: str | os.PathLike[str] | None = None,
+        endpoints: str | Sequence[str] | None,
+        timeout: float | None,
+        digest: str | None,
+        **connect: Any,
     ) -> None:
         self._connect = ConnectOptions.checked(
-            default_endpoints() if endpoints is None else endpoints,
-            tls=tls,
-            tls_ca=tls_ca,
-            tls_client_cert=tls_client_cert,
-            tls_client_key=tls_client_key,
-            token=token,
-            token_file=token_file,
+            default_endpoints() if endpoints is None else endpoints, **connect
         )
         self._timeout = checked_timeout("timeout", timeout)
         self._digest = digest
@@ -757,8 +746,7 @@ def _outcome(id: Hashable, result: Any, value: Callable[[Any], _T]) -> _T | Imag
         return image_error(id, "INTERNAL", "the worker sent no outcome")
     if kind != "error":
         return value(result)
-    codes = {code.value[0]: code.name for code in grpc.StatusCode}
-    return image_error(id, codes.get(result.error.code, "UNKNOWN"), result.error.message)
+    return image_error(id, code_name(result.error.code), result.error.message)
 
 
 def _generated(seed: int, has_log_probs: bool, result: pb.GenerateResult) -> GeneratedImage:

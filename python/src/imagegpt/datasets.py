@@ -26,6 +26,7 @@ from imagegpt.options import (
     Layers,
     Norm,
     Priority,
+    together,
 )
 
 __all__ = ["Embedder"]
@@ -207,9 +208,7 @@ class Embedder:
         layers = self._embed["layers"]
         if layers == "all":
             if self._layers is None:
-                model = client.model()
-                # Those of one run, as the client's "all".
-                self._layers = [n for n in model.layers_served if n <= model.layer_default]
+                self._layers = together(client.model())
             layers = self._layers
         return [f"{self._output}_{layer}" for layer in layers]
 

@@ -98,6 +98,11 @@ class ServedLayers(Protocol):
         """Layer of a request that names none."""
 
 
+def together(model: ServedLayers) -> list[int]:
+    """Returns the layers that the model computes in one run."""
+    return [layer for layer in model.layers_served if layer <= model.layer_default]
+
+
 @dataclass(frozen=True)
 class EmbedOptions:
     """Options of Embed and EmbedStream, checked before anything is sent."""
@@ -162,7 +167,7 @@ class EmbedOptions:
         layers are those up to the default one, which the model computes in one run;
         the last layer may come from another."""
         if self.layers == "all":
-            return [layer for layer in model.layers_served if layer <= model.layer_default]
+            return together(model)
         return list(self.layers or ())
 
     def request(self, model: ServedLayers) -> pb.EmbedRequest:

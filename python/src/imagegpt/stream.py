@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
-from imagegpt.calls import Connections, Failure, backoff, log
+from imagegpt.calls import Connections, Failure, backoff, code_name, log
 from imagegpt.endpoints import ADDRESSES_MAX, Address
 from imagegpt.errors import (
     ImageError,
@@ -80,8 +80,6 @@ _LASTING = frozenset(
 _FATAL = _LASTING | {"UNAUTHENTICATED", "PERMISSION_DENIED"}
 # Reasons of a stream that its worker closed as planned, which is no failure.
 _ORDERLY = frozenset({"CONNECTION_AGE", "DRAINING", "STREAM_IDLE"})
-
-_CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 @dataclass(eq=False, slots=True)
@@ -639,7 +637,7 @@ class EmbedStream:
             if result.WhichOneof("outcome") == "embedding":
                 self._settle(task, array_of(result.embedding))
                 continue
-            code = _CODE_NAMES.get(result.error.code, "UNKNOWN")
+            code = code_name(result.error.code)
             message = result.error.message or "the worker sent no outcome"
             if code not in _LASTING and task.failures + 1 < FAILURES_MAX:
                 task.failures += 1
