@@ -22,4 +22,6 @@ pub(crate) mod readiness;
 pub(crate) mod rpc;
 pub(crate) mod sample;
 pub(crate) mod sequence;
+pub(crate) mod timeline;
+pub(crate) mod trace;
 pub mod worker;

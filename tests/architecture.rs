@@ -59,7 +59,7 @@ const FORBIDDEN: [(&str, &str); 18] = [
 ];
 
 /// Crates, with the prefixes of the paths that may name them.
-const CRATES: [(&str, &[&str]); 17] = [
+const CRATES: [(&str, &[&str]); 20] = [
     ("tonic", &["serve/rpc", "client", "proto"]),
     ("tonic_health", &["serve/rpc"]),
     ("tonic_reflection", &["serve/rpc"]),
@@ -77,6 +77,9 @@ const CRATES: [(&str, &[&str]); 17] = [
     ("ureq", &["compile/hub"]),
     ("plotters", &["commands"]),
     ("nvml_wrapper", &["gpu"]),
+    ("opentelemetry", &["serve/trace"]),
+    ("opentelemetry_sdk", &["serve/trace"]),
+    ("opentelemetry_otlp", &["serve/trace"]),
 ];
 
 /// Stages in their order, each with the neighbors that it may use. The types

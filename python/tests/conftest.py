@@ -23,7 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # gRPC servers within this process keep threads in gRPC, with which a process
     # cannot be forked: the tests that have them come last.
-    items.sort(key=lambda item: "FakeWorker" in vars(getattr(item, "module", item)))
+    servers = {"FakeWorker", "Collector"}
+    items.sort(key=lambda item: bool(servers & vars(getattr(item, "module", item)).keys()))
 
 
 @pytest.fixture(scope="session")

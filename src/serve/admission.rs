@@ -19,6 +19,7 @@ use crate::serve::error::StageError;
 use crate::serve::job::{Answer, Job, Permit, Reply, RequestedWork, Ticket};
 use crate::serve::preprocess::Preprocessing;
 use crate::serve::preprocess::queue::QueueEntrance;
+use crate::serve::timeline::{ImageTimeline, RequestTimeline};
 
 pub(crate) use super::capacity::{CapacityPool, CapacityShare};
 
@@ -45,6 +46,8 @@ pub(crate) struct AdmissionCall {
     pub deadline: Option<Instant>,
     /// Tracing span of the call, for its log lines.
     pub span: tracing::Span,
+    /// Times of the call, which has arrived.
+    pub timeline: RequestTimeline,
 }
 
 /// Item of a stream to be admitted.
@@ -57,6 +60,8 @@ pub(crate) struct StreamItem {
     pub deadline: Option<Instant>,
     /// Tracing span of the stream, for its log lines.
     pub span: tracing::Span,
+    /// Times of the item, which has arrived.
+    pub timeline: RequestTimeline,
 }
 
 /// Bytes of memory that a call or an item of a stream holds.
@@ -247,6 +252,7 @@ impl Admission {
                 deadline: call.deadline,
                 entered_at: now,
                 span: call.span.clone(),
+                timeline: ImageTimeline::new(call.timeline.clone(), now),
                 reply,
                 permit: Permit {
                     // One place was taken for each picture.
@@ -299,11 +305,13 @@ impl Admission {
         let request = Arc::new(bytes);
         let image = self.images.take(item.class, 1).await;
         let (reply, outcome) = Reply::new();
+        let now = Instant::now();
         let ticket = Ticket {
             class: item.class,
             deadline: item.deadline,
-            entered_at: Instant::now(),
+            entered_at: now,
             span: item.span,
+            timeline: ImageTimeline::new(item.timeline, now),
             reply,
             permit: Permit {
                 image,

@@ -6,6 +6,7 @@
 mod access;
 pub(crate) mod bounds;
 mod runtime;
+mod trace;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -27,6 +28,7 @@ pub(crate) use self::runtime::device_id;
 
 pub use self::access::{AccessConfig, ConnectionsConfig};
 pub use self::runtime::{CacheFlags, DeviceFlags, LibraryFlags, ProviderFlags};
+pub use self::trace::TraceConfig;
 
 /// Serve a model over gRPC.
 #[derive(Debug, Clone, Args)]
@@ -45,6 +47,8 @@ pub struct ServeConfig {
     pub generation: GenerationConfig,
     #[command(flatten)]
     pub limits: LimitsConfig,
+    #[command(flatten)]
+    pub trace: TraceConfig,
     #[command(flatten)]
     pub log: LogConfig,
 }

@@ -34,6 +34,8 @@ use crate::serve::cache::AnswerCache;
 use crate::serve::error::{RequestStage, StageError};
 use crate::serve::metrics::{EngineFault, EngineGap, Metrics};
 use crate::serve::sequence::Sequence;
+use crate::serve::timeline::ModelRun;
+use crate::serve::trace::{BatchContent, SpanAttribute, Traces, number};
 use crate::telemetry::panic_text;
 
 /// Parts that the thread needs besides the engine.
@@ -49,6 +51,7 @@ pub(crate) struct Runner {
     pub(crate) stop: Arc<RunStop>,
     pub(crate) cache: AnswerCache,
     pub(crate) metrics: Metrics,
+    pub(crate) traces: Traces,
     pub(crate) gap: EngineGap,
     pub(crate) reports: DeviceReports,
 }
@@ -76,6 +79,7 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
         largest,
         runs: Vec::new(),
         replies: Vec::new(),
+        began: Instant::now(),
     };
     match life.live() {
         Ok(()) => reports.ended(device),
@@ -120,6 +124,8 @@ struct Life {
     runs: Vec<FinishedRun>,
     /// Answers that are computed and not yet sent.
     replies: Vec<PendingReplies>,
+    /// Beginning of the present batch, before any run of it failed.
+    began: Instant,
 }
 
 impl Life {
@@ -163,6 +169,7 @@ impl Life {
 
     fn run(&mut self, batch: &Batch) -> Result<(), EngineError> {
         self.engine.turn(batch.possible_since);
+        self.began = Instant::now();
         self.runner.stop.begin(batch.id);
         let outcome = self.attempt(batch.graph, batch.bucket, &batch.units);
         if self.runner.stop.end() {
@@ -291,8 +298,13 @@ impl Life {
                     images: f64::from(u32::try_from(units.len()).unwrap_or(u32::MAX)),
                     elapsed,
                 });
+                let run = self.model_run(graph, bucket, units.len(), started + elapsed);
                 let replies = units.iter().cloned().zip(values);
-                let replies = replies.map(|(unit, values)| PendingReplies { unit, values });
+                let replies = replies.map(|(unit, values)| PendingReplies {
+                    unit,
+                    values,
+                    run: run.clone(),
+                });
                 self.replies.extend(replies);
                 Ok(())
             }
@@ -313,6 +325,30 @@ impl Life {
                 Ok(())
             }
             Err(error) => self.again(graph, bucket, units, error),
+        }
+    }
+
+    /// Returns what the callers of a run are told about it, and begins its span
+    /// if there is a collector.
+    fn model_run(&self, graph: Graph, bucket: usize, n_images: usize, ended: Instant) -> ModelRun {
+        let span = self.runner.traces.batch();
+        if let Some(span) = &span {
+            span.ran(BatchContent {
+                began: self.began,
+                ended,
+                attributes: vec![
+                    SpanAttribute::new("imagegpt.graph", graph.label()),
+                    number("imagegpt.device", self.runner.device.0),
+                    number("imagegpt.images", n_images),
+                    number("imagegpt.batch_size", bucket),
+                ],
+            });
+        }
+        ModelRun {
+            began: self.began,
+            ended: Some(ended),
+            n_images,
+            span,
         }
     }
 

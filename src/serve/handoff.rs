@@ -12,6 +12,7 @@ use crate::serve::cache::{AnswerCache, AnswerKey};
 use crate::serve::error::{RequestStage, StageError};
 use crate::serve::job::{Answer, CoalescedWaiters, Ticket};
 use crate::serve::sequence::Sequence;
+use crate::serve::timeline::ModelRun;
 
 /// A batch on its way to the engine.
 #[derive(Debug)]
@@ -125,12 +126,13 @@ pub(crate) struct FinishedRun {
 pub(crate) struct PendingReplies {
     pub(crate) unit: BatchUnit,
     pub(crate) values: Vec<f32>,
+    pub(crate) run: ModelRun,
 }
 
 impl PendingReplies {
     /// Caches the answer and sends it to all callers.
     pub(crate) fn deliver(self, cache: &AnswerCache) {
-        let Self { unit, values } = self;
+        let Self { unit, values, run } = self;
         let finite = values.iter().all(|value| value.is_finite());
         if finite && cache.is_on() {
             let key = AnswerKey::new(unit.want, Arc::clone(&unit.tokens));
@@ -150,11 +152,13 @@ impl PendingReplies {
                 Err(EngineError::NotFinite.into())
             }
         };
-        for ticket in tickets {
+        for mut ticket in tickets {
+            ticket.timeline.ran(run.clone());
             let outcome = outcome(&ticket, values.clone());
             ticket.finish(outcome);
         }
-        if let Some(ticket) = last {
+        if let Some(mut ticket) = last {
+            ticket.timeline.ran(run);
             let outcome = outcome(&ticket, values);
             ticket.finish(outcome);
         }

@@ -18,6 +18,7 @@ use crate::proto::Priority;
 use crate::serve::capacity::CapacityShare;
 use crate::serve::error::{RequestStage, StageError};
 use crate::serve::generate::GenerateRequest;
+use crate::serve::timeline::ImageTimeline;
 
 pub(crate) use self::waiters::CoalescedWaiters;
 
@@ -83,6 +84,8 @@ pub(crate) struct Ticket {
     pub entered_at: Instant,
     /// Tracing span of the call, for its log lines.
     pub span: tracing::Span,
+    /// Times at which the image passed the stages.
+    pub timeline: ImageTimeline,
     /// Way back to the caller.
     pub reply: Reply,
     /// Share of the worker's capacity, returned when the job ends.
@@ -110,6 +113,8 @@ impl Ticket {
         // The capacity is returned first, so that a caller who has an answer
         // can rely on the room that its image has left.
         drop(self.permit);
+        // The caller reads the times once it has the answer.
+        self.timeline.answered();
         self.reply.send(outcome);
     }
 }

@@ -12,6 +12,7 @@ mod handles;
 mod labels;
 mod registry;
 pub(crate) mod totals;
+pub(crate) mod trace;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -56,6 +57,7 @@ struct Handles {
     access: access::AccessMetrics,
     generation: generation::GenerationMetrics,
     gpu: gpu::GpuMetrics,
+    trace: trace::TraceMetrics,
 }
 
 impl Handles {
@@ -67,6 +69,7 @@ impl Handles {
             access: access::AccessMetrics::new(metrics),
             generation: generation::GenerationMetrics::new(metrics),
             gpu: gpu::GpuMetrics::new(metrics),
+            trace: trace::TraceMetrics::new(metrics),
         }
     }
 }
@@ -126,6 +129,12 @@ impl Metrics {
     #[must_use]
     pub fn access(&self) -> &access::AccessMetrics {
         &self.handles().access
+    }
+
+    /// Returns the metrics of traces.
+    #[must_use]
+    pub(crate) fn trace(&self) -> &trace::TraceMetrics {
+        &self.handles().trace
     }
 
     /// Returns the sums that the worker itself can read.

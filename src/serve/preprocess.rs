@@ -44,7 +44,8 @@ pub(crate) struct Preprocessing {
 impl Preprocessing {
     /// Turns a job's picture into tokens; answers the job or hands it on to the
     /// batcher.
-    pub(crate) fn tokenize(&self, job: Job<ImageRequest>) {
+    pub(crate) fn tokenize(&self, mut job: Job<ImageRequest>) {
+        job.ticket.timeline.taken();
         let (preprocessor, metrics) = (&self.preprocessor, &self.metrics);
         if let Some(error) = job.ticket.dead(Instant::now(), RequestStage::Preprocess) {
             metrics.dead(&error);
@@ -89,6 +90,7 @@ impl Preprocessing {
             work, mut ticket, ..
         } = job;
         ticket.entered_at = Instant::now();
+        ticket.timeline.tokenized(ticket.entered_at);
         let mut tokens = tokenized.tokens;
         match work {
             RequestedWork::Tokenize => ticket.finish(Ok(Answer::Tokens(tokens))),

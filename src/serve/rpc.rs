@@ -23,6 +23,7 @@ mod observe;
 mod oip;
 mod outcome_tally;
 mod reload;
+mod report;
 mod score;
 mod status;
 mod stream;
@@ -62,6 +63,8 @@ use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::metrics::Metrics;
 use crate::serve::readiness::{Readiness, Unready};
 use crate::serve::rpc::error::RequestError;
+use crate::serve::timeline::{CallTimeline, RequestTimeline};
+use crate::serve::trace::Traces;
 use crate::{gpu, proto};
 
 pub(crate) use self::access::Access;
@@ -95,6 +98,9 @@ pub(crate) struct ServerOptions {
     /// Certificates and tokens.
     pub access: Access,
     pub connections: ConnectionsConfig,
+    pub traces: Traces,
+    /// True if each call has a line in the access log.
+    pub access_log: bool,
 }
 
 /// Serves until `stop` resolves, then lets calls in progress finish.
@@ -121,6 +127,8 @@ pub(crate) async fn serve(
         bytes: service.admission.bytes(),
         readiness: Arc::new(service.readiness.clone()),
         calls: options.calls,
+        traces: options.traces,
+        access_log: options.access_log,
     };
     let patience = leaving::Patience {
         answer_timeout: connections.answer_timeout,
@@ -239,6 +247,7 @@ impl WorkerService {
     ) -> Result<(Vec<Result<Answer, RequestError>>, AnswerBytes), RequestError> {
         let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
         let class = extensions.get().copied().unwrap_or(Priority::Interactive);
+        let timeline = request_timeline(extensions);
         let ask = Ask {
             work,
             n_values,
@@ -253,6 +262,7 @@ impl WorkerService {
             class,
             deadline,
             arrived.unwrap_or_default(),
+            timeline,
         )?
         .outcomes()
         .await
@@ -293,6 +303,7 @@ impl WorkerService {
         class: Priority,
         deadline: Option<Instant>,
         arrived: CapacityShare,
+        timeline: RequestTimeline,
     ) -> Result<Submitted, RequestError> {
         let n_outcomes = pictures.len() * asks.len();
         let bytes = call_bytes(&pictures, asks, arrived);
@@ -326,6 +337,7 @@ impl WorkerService {
             bytes,
             deadline,
             span: tracing::Span::current(),
+            timeline,
         };
         let pending = self.admission.submit(call).map_err(RequestError::from);
         let pending = pending.inspect_err(|error| tally.rest(status::code(error)))?;
@@ -563,6 +575,17 @@ impl WorkerService {
                 .unwrap_or_default(),
         })
     }
+}
+
+/// Returns the timeline of a call's request, which has arrived.
+fn request_timeline(extensions: &tonic::Extensions) -> RequestTimeline {
+    call_timeline(extensions).request()
+}
+
+/// Returns the timeline of a call. Every call that is counted has one.
+fn call_timeline(extensions: &tonic::Extensions) -> CallTimeline {
+    let timeline = extensions.get::<CallTimeline>().cloned();
+    timeline.unwrap_or_else(|| CallTimeline::new(Instant::now(), None, false))
 }
 
 /// Work that is asked for each image of a call.

@@ -240,6 +240,7 @@ mod tests {
             deadline: None,
             entered_at: std::time::Instant::now(),
             span: tracing::Span::none(),
+            timeline: crate::serve::timeline::ImageTimeline::none(),
             reply,
             permit: Permit::none(),
         };

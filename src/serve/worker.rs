@@ -39,6 +39,7 @@ use crate::serve::metrics::Metrics;
 use crate::serve::preprocess::queue::{QueueEntrance, ThreadReach};
 use crate::serve::preprocess::{Preprocessing, queue};
 use crate::serve::readiness::{Drain, Readiness};
+use crate::serve::trace::{SpanExport, Traces};
 use crate::serve::{batcher, engine_thread, http, preprocess, rpc};
 use crate::telemetry::panic_text;
 
@@ -68,6 +69,7 @@ pub struct Worker {
     threads: Vec<JoinHandle<()>>,
     /// Tasks for metrics pages and upkeep, which end with the worker.
     side_tasks: Vec<tokio::task::JoinHandle<()>>,
+    export: Option<SpanExport>,
 }
 
 /// Stages that have their own threads, connected by their channels.
@@ -89,6 +91,7 @@ impl Stages {
         model: &Model,
         engines: Vec<DeviceEngine>,
         metrics: &Metrics,
+        traces: &Traces,
     ) -> anyhow::Result<Self> {
         let limits = &config.limits;
         let preprocessor = Arc::new(preprocessor(model, limits)?);
@@ -147,6 +150,7 @@ impl Stages {
                 stop,
                 cache: cache.clone(),
                 metrics: metrics.clone(),
+                traces: traces.clone(),
                 gap: metrics.engine_gap(engine.id),
                 reports: reports.clone(),
             };
@@ -228,7 +232,8 @@ impl Worker {
         let (grpc_addr, metrics_addr) = (listener.local_addr()?, metrics_listener.local_addr()?);
 
         let metrics = Metrics::new()?;
-        let stages = Stages::start(config, &model, engines, &metrics)?;
+        let (traces, export) = Traces::start(&config.trace, &metrics)?;
+        let stages = Stages::start(config, &model, engines, &metrics, &traces)?;
         let (readiness, drain) = Readiness::new(stages.devices.clone());
         let limits = &config.limits;
         let capacity = Capacity {
@@ -287,6 +292,8 @@ impl Worker {
             calls: calls.clone(),
             access,
             connections: config.connections.clone(),
+            traces,
+            access_log: config.trace.access_log,
         };
         let (stop, stopped) = oneshot::channel();
         let reports = stages.reports;
@@ -310,6 +317,7 @@ impl Worker {
             stop,
             threads: stages.threads,
             side_tasks,
+            export,
         })
     }
 
@@ -365,6 +373,16 @@ impl Worker {
     /// Stops taking calls and finishes the calls in progress, within `grace`
     /// (graceful shutdown).
     pub async fn shutdown(mut self, grace: Duration) -> WorkerEnded {
+        let export = self.export.take();
+        let ended = self.end(grace).await;
+        // The last calls' spans are made by now.
+        if let Some(export) = export {
+            export.end().await;
+        }
+        ended
+    }
+
+    async fn end(mut self, grace: Duration) -> WorkerEnded {
         let deadline = tokio::time::Instant::now() + grace;
         self.drain.begin();
         let _ = self.stop.send(());

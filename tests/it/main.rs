@@ -43,4 +43,5 @@ mod scripts;
 mod shutdown;
 mod stdio;
 mod stream;
+mod traces;
 mod web;

@@ -109,6 +109,15 @@ impl Conversation {
         }
     }
 
+    /// Ends the conversation, and returns the trailers of its answers.
+    pub(crate) async fn trailers(&mut self) -> tonic::metadata::MetadataMap {
+        self.half_close();
+        let (answers, end) = self.rest().await;
+        assert!(answers.is_empty() && end.is_none(), "{answers:?}: {end:?}");
+        let trailers = self.answers.trailers().await.expect("no error");
+        trailers.expect("trailers")
+    }
+
     /// Closes the client's side.
     pub(crate) fn half_close(&mut self) {
         let (closed, _) = mpsc::channel(1);

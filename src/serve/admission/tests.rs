@@ -42,6 +42,7 @@ fn call(n_images: usize, bytes: usize) -> AdmissionCall {
         },
         deadline: None,
         span: tracing::Span::none(),
+        timeline: crate::serve::timeline::RequestTimeline::none(),
     }
 }
 
@@ -56,6 +57,7 @@ fn item(bytes: usize) -> StreamItem {
         },
         deadline: None,
         span: tracing::Span::none(),
+        timeline: crate::serve::timeline::RequestTimeline::none(),
     }
 }
 

@@ -247,6 +247,7 @@ mod tests {
                 deadline: None,
                 entered_at: now,
                 span: tracing::Span::none(),
+                timeline: crate::serve::timeline::ImageTimeline::none(),
                 reply: Reply::new().0,
                 permit: Permit::none(),
             };

@@ -44,6 +44,7 @@ fn job(
         deadline,
         entered_at: Instant::now(),
         span: tracing::Span::none(),
+        timeline: crate::serve::timeline::ImageTimeline::none(),
         reply,
         permit,
     };
@@ -170,6 +171,7 @@ fn start(scripts: Vec<Script>) -> Running {
             stop,
             cache: AnswerCache::new(0),
             metrics: metrics.clone(),
+            traces: crate::serve::trace::Traces::default(),
             gap: metrics.engine_gap(id),
             reports: reports.clone(),
         };

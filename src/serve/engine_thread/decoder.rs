@@ -22,6 +22,7 @@ use crate::serve::error::{RequestStage, StageError};
 use crate::serve::handoff::SequenceCounts;
 use crate::serve::metrics::{EngineFault, Metrics};
 use crate::serve::sequence::Sequence;
+use crate::serve::timeline::ModelRun;
 use crate::telemetry::panic_text;
 
 mod prefixes;
@@ -49,6 +50,17 @@ pub(super) struct DecoderStep {
     pub(super) size: usize,
     /// Images that the step has made, counted in fractions of an image.
     pub(super) images: f64,
+}
+
+/// Returns a sequence that has its slot from now on.
+fn begun(mut sequence: Sequence) -> Sequence {
+    sequence.ticket.timeline.ran(ModelRun {
+        began: Instant::now(),
+        ended: None,
+        n_images: 0,
+        span: None,
+    });
+    sequence
 }
 
 impl Decoder {
@@ -92,7 +104,7 @@ impl Decoder {
         let mut free = self.slots.iter_mut().filter(|slot| slot.is_none());
         for sequence in sequences {
             match free.next() {
-                Some(slot) => *slot = Some(sequence),
+                Some(slot) => *slot = Some(begun(sequence)),
                 None => sequence.finish(Err(StageError::Lost)),
             }
         }

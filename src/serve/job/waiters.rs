@@ -158,6 +158,7 @@ mod tests {
             deadline,
             entered_at: Instant::now(),
             span: tracing::Span::none(),
+            timeline: crate::serve::timeline::ImageTimeline::none(),
             reply,
             permit: crate::serve::job::Permit::none(),
         };

@@ -39,6 +39,7 @@ label!(ReloadedFile, "file", label);
 label!(CacheLookup, "result", label);
 label!(CanaryResult, "result", label);
 label!(FedTokens, "kind", label);
+label!(SpanDrop, "reason", label);
 
 /// Codes that have series of their own: all codes with which the worker or its
 /// gRPC library can answer. Other codes are counted as UNKNOWN.
@@ -301,6 +302,26 @@ impl CanaryResult {
         match self {
             Self::Ok => "ok",
             Self::Failed => "failed",
+        }
+    }
+}
+
+/// Reason for which a span was dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SpanDrop {
+    /// Too many spans waited.
+    Queue,
+    /// The collector did not take the span.
+    Collector,
+}
+
+impl SpanDrop {
+    const ALL: [Self; 2] = [Self::Queue, Self::Collector];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Queue => "queue",
+            Self::Collector => "collector",
         }
     }
 }

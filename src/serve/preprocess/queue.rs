@@ -283,6 +283,7 @@ mod tests {
                 deadline: None,
                 entered_at: Instant::now(),
                 span: tracing::Span::none(),
+                timeline: crate::serve::timeline::ImageTimeline::none(),
                 reply,
                 permit: Permit::none(),
             },

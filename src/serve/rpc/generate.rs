@@ -20,7 +20,7 @@ use tracing::Instrument as _;
 use super::arriving::Arrived;
 use super::observe::{CallCourse, CallEnding, Deadline, InProgress};
 use super::outcome_tally::OutcomeTally;
-use super::{WorkerService, convert, deadline, status};
+use super::{WorkerService, convert, deadline, request_timeline, status};
 use crate::imaging::{ImageInput, ImageRequest, PreprocessOptions, render};
 use crate::model::{CallTask, Model};
 use crate::proto;
@@ -66,6 +66,7 @@ pub(super) fn open(
     let (_, extensions, request) = request.into_parts();
     let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
     let class = extensions.get().copied().unwrap_or(Priority::Interactive);
+    let timeline = request_timeline(&extensions);
     let plan = Plan::new(request, service)?;
     let n_samples = plan.n_samples as usize;
     let side = service.model.side as usize;
@@ -98,6 +99,7 @@ pub(super) fn open(
         },
         deadline,
         span: tracing::Span::current(),
+        timeline,
     };
     let admission = &service.admission;
     let (places, (pending, pngs)) = admission

@@ -31,8 +31,10 @@ use tonic::Status;
 use tonic::body::Body;
 
 use super::observe::{AnswerBytes, InProgress};
+use super::report;
 use crate::serve::metrics::Metrics;
 use crate::serve::readiness::Readiness;
+use crate::serve::timeline::CallTimeline;
 
 /// Largest size of a piece: four HTTP/2 frames, so that waking the connection
 /// costs little compared with writing the piece.
@@ -316,6 +318,8 @@ pub(super) struct LeavingBody {
     rest: Bytes,
     answer: Answer,
     taking: Taking,
+    /// Times of the call, for its trailers.
+    timeline: CallTimeline,
     _held: Option<AnswerBytes>,
     _in_progress: Option<InProgress>,
 }
@@ -326,6 +330,7 @@ impl LeavingBody {
         taking: Taking,
         held: Option<AnswerBytes>,
         in_progress: Option<InProgress>,
+        timeline: CallTimeline,
     ) -> Self {
         Self {
             body,
@@ -335,6 +340,7 @@ impl LeavingBody {
                 n_bytes: 0,
             },
             taking,
+            timeline,
             _held: held,
             _in_progress: in_progress,
         }
@@ -362,7 +368,9 @@ impl http_body::Body for LeavingBody {
             match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(data) => this.rest = data,
-                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                    Err(frame) => {
+                        return Poll::Ready(Some(Ok(with_timing(frame, &this.timeline))));
+                    }
                 },
                 end => return Poll::Ready(end),
             }
@@ -393,6 +401,17 @@ impl http_body::Body for LeavingBody {
         } else {
             SizeHint::default()
         }
+    }
+}
+
+/// Adds the times of the call to its trailers.
+fn with_timing(frame: Frame<Bytes>, timeline: &CallTimeline) -> Frame<Bytes> {
+    match frame.into_trailers() {
+        Ok(mut trailers) => {
+            trailers.insert(report::TIMING, report::timing(timeline));
+            Frame::trailers(trailers)
+        }
+        Err(frame) => frame,
     }
 }
 

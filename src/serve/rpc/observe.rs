@@ -19,6 +19,8 @@ use tracing::Instrument as _;
 
 use super::arriving::{self, Arrived, MessageCompression, RequestFacts};
 use super::leaving::{self, LeavingBody};
+use super::listen::Peer;
+use super::report::{self, CallCode, CallReport};
 use super::{deadline, status};
 use crate::excerpt::Excerpt;
 use crate::proto::codec::Growth;
@@ -28,6 +30,8 @@ use crate::serve::error::{RequestStage, StageError};
 use crate::serve::metrics::Metrics;
 use crate::serve::readiness::Readiness;
 use crate::serve::rpc::error::RequestError;
+use crate::serve::timeline::CallTimeline;
+use crate::serve::trace::{CallSpan, TraceHeaders, Traces};
 
 /// Largest size of a message to health checks and reflection, which holds a
 /// name. These bytes are not counted: all of them on one connection are less
@@ -52,6 +56,9 @@ pub(super) struct ObserveLayer {
     pub(super) bytes: CapacityPool,
     pub(super) readiness: Arc<Readiness>,
     pub(super) calls: CallsInProgress,
+    pub(super) traces: Traces,
+    /// True if each call has a line in the access log.
+    pub(super) access_log: bool,
 }
 
 impl ObserveLayer {
@@ -106,9 +113,12 @@ impl CallsInProgress {
         let _ = self.0.subscribe().wait_for(|&count| count == 0).await;
     }
 
-    fn enter(&self) -> InProgress {
+    fn enter(&self, report: CallReport) -> InProgress {
         self.0.send_modify(|count| *count += 1);
-        InProgress(self.clone())
+        InProgress {
+            calls: self.clone(),
+            _report: report,
+        }
     }
 }
 
@@ -118,13 +128,17 @@ impl Default for CallsInProgress {
     }
 }
 
-/// Guard of one call in progress.
+/// Guard of one call in progress, which reports the call when its answer has
+/// been written.
 #[derive(Debug)]
-pub(super) struct InProgress(CallsInProgress);
+pub(super) struct InProgress {
+    calls: CallsInProgress,
+    _report: CallReport,
+}
 
 impl Drop for InProgress {
     fn drop(&mut self) {
-        self.0.0.send_modify(|count| *count -= 1);
+        self.calls.0.send_modify(|count| *count -= 1);
     }
 }
 
@@ -206,29 +220,48 @@ where
         };
         let started = Instant::now();
         let id = request_id(request.headers());
-        let trace_id = trace_id(request.headers()).unwrap_or_default();
+        let call_span = self
+            .observe
+            .traces
+            .call(trace_headers(request.headers()), method.name());
+        let sampled_id = call_span.as_ref().map(CallSpan::trace_id);
+        let given_id = trace_id(request.headers()).unwrap_or_default();
         let span = tracing::info_span!(
             "call",
             method = method.name(),
             request_id = id.to_str().unwrap_or_default(),
-            trace_id
+            trace_id = sampled_id.as_deref().unwrap_or(given_id)
         );
+        let timeline = CallTimeline::new(started, call_span, method.client_streams());
+        let class = class(request.headers(), method);
+        let report = CallReport {
+            timeline: timeline.clone(),
+            method,
+            code: CallCode::cancelled(),
+            class: class.as_ref().ok().copied(),
+            peer: request.extensions().get::<Peer>().and_then(|p| p.addr),
+            request_id: id.clone(),
+            log_span: span.clone(),
+            is_logged: self.observe.access_log,
+        };
         let ending = CallEnding {
             metrics: self.observe.metrics.clone(),
             method,
             started,
             code: Code::Cancelled,
+            reported: report.code.clone(),
         };
         let deadline = deadline::of(request.headers(), started);
-        let course = CallCourse::new(ending, self.observe.calls.enter());
+        let course = CallCourse::new(ending, self.observe.calls.enter(report));
         let request_bytes_max = self.observe.request_bytes_max;
-        let call = class(request.headers(), method).map(|class| {
+        let call = class.map(|class| {
             let mut request = self.observe.arriving(request, method, class);
             if method.client_streams() || method.server_streams() {
                 request.extensions_mut().insert(course.clone());
             }
             request.extensions_mut().insert(Deadline(deadline));
             request.extensions_mut().insert(class);
+            request.extensions_mut().insert(timeline.clone());
             span.in_scope(|| self.inner.call(request))
         });
         Box::pin(
@@ -246,10 +279,16 @@ where
                     in_progress
                 });
                 response.headers_mut().insert(REQUEST_ID, id);
+                if response.headers().contains_key("grpc-status") {
+                    // A response without a body has its trailers here.
+                    let timing = report::timing(&timeline);
+                    response.headers_mut().insert(report::TIMING, timing);
+                }
                 let held = response.extensions_mut().remove::<AnswerBytes>();
                 let taking = leaving::Taking::of_this_call(method.client_streams());
-                Ok(response
-                    .map(|body| Body::new(LeavingBody::new(body, taking, held, in_progress))))
+                Ok(response.map(|body| {
+                    Body::new(LeavingBody::new(body, taking, held, in_progress, timeline))
+                }))
             }
             .instrument(span),
         )
@@ -301,11 +340,14 @@ pub(super) struct CallEnding {
     method: RpcMethod,
     started: Instant,
     pub(super) code: Code,
+    /// Code for the call's report, which is made later.
+    reported: CallCode,
 }
 
 impl Drop for CallEnding {
     fn drop(&mut self) {
         let elapsed = self.started.elapsed();
+        self.reported.set(self.code);
         let code = GrpcCode::from(self.code);
         self.metrics.request(self.method, code, elapsed);
         match self.code {
@@ -372,6 +414,15 @@ fn generated_id() -> HeaderValue {
     let count = COUNTER.fetch_add(1, Ordering::Relaxed);
     HeaderValue::from_str(&format!("{:016x}-{count:x}", *PREFIX))
         .unwrap_or_else(|_| HeaderValue::from_static("unknown"))
+}
+
+/// Returns the headers that say to which trace a call belongs.
+fn trace_headers(headers: &HeaderMap) -> TraceHeaders<'_> {
+    let of = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    TraceHeaders {
+        traceparent: of("traceparent"),
+        tracestate: of("tracestate"),
+    }
 }
 
 /// Returns the trace id of a W3C `traceparent` header, which has a version, the

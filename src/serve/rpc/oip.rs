@@ -63,7 +63,7 @@ impl Oip {
         let (_, extensions, request) = request.into_parts();
         let origin = CallOrigin::of(&extensions);
         let arrived = extensions.get::<Arrived>().map(Arrived::take);
-        PreparedInfer::new(self, request, origin)?
+        PreparedInfer::new(self, request, &origin)?
             .submit(self, arrived.unwrap_or_default())?
             .finish(self)
             .await

@@ -33,7 +33,7 @@ use super::embedding::Embedding;
 use super::listen::Peer;
 use super::observe::{CallCourse, CallEnding, Deadline, InProgress};
 use super::outcome_tally::OutcomeTally;
-use super::{WorkerService, arriving, convert, deadline, status};
+use super::{WorkerService, arriving, call_timeline, convert, deadline, status};
 use crate::engine::EngineFacts;
 use crate::model::{CallTask, Model};
 use crate::proto::codec::ScanMessage;
@@ -46,6 +46,7 @@ use crate::serve::job::Answer;
 use crate::serve::metrics::StreamOpen;
 use crate::serve::readiness::Readiness;
 use crate::serve::rpc::error::{RequestError, StreamEnd};
+use crate::serve::timeline::CallTimeline;
 
 /// Largest size of an item's id: enough for any path or URL.
 const ID_BYTES_MAX: usize = 1024;
@@ -100,6 +101,7 @@ pub(super) fn open(
         tally: OutcomeTally::new(service.metrics.clone(), deadline),
         _open: service.metrics.stream(),
         course,
+        timeline: call_timeline(&extensions),
     };
     let session = session.run(requests, hurry).in_current_span();
     Ok(EmbedAnswers::new(outbox, session))
@@ -132,6 +134,7 @@ struct Session {
     _open: StreamOpen,
     /// Guards that count the call when the session ends.
     course: Option<(CallEnding, InProgress)>,
+    timeline: CallTimeline,
 }
 
 /// Options of a stream, settled by its opening.
@@ -440,6 +443,7 @@ impl Session {
             },
             deadline: self.deadline,
             span: tracing::Span::current(),
+            timeline: self.timeline.request(),
         };
         let (outbox, admission) = (Arc::clone(&self.outbox), self.admission.clone());
         let bytes_max = plan.bytes_max;

@@ -12,6 +12,7 @@ use http::{HeaderName, HeaderValue, Method, header};
 use tonic_web::GrpcWebLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
+use super::report::TIMING;
 use crate::serve::config::{ANY_ORIGIN, AccessConfig};
 
 /// Time for which a browser may cache the answer to a CORS preflight request.
@@ -29,10 +30,11 @@ const REQUEST_HEADERS: [HeaderName; 8] = [
     HeaderName::from_static("x-user-agent"),
 ];
 /// Response headers that pages may read.
-const RESPONSE_HEADERS: [HeaderName; 4] = [
+const RESPONSE_HEADERS: [HeaderName; 5] = [
     HeaderName::from_static("grpc-message"),
     HeaderName::from_static("grpc-status"),
     HeaderName::from_static("grpc-status-details-bin"),
+    TIMING,
     HeaderName::from_static("x-request-id"),
 ];
 

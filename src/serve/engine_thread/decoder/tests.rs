@@ -47,6 +47,7 @@ fn sequence(primer: &[u16], deadline: Option<Instant>) -> (Sequence, Outcome) {
         deadline,
         entered_at: Instant::now(),
         span: tracing::Span::none(),
+        timeline: crate::serve::timeline::ImageTimeline::none(),
         reply,
         permit: Permit::none(),
     };

@@ -24,7 +24,10 @@ use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::rpc::embedding::Embedding;
 use crate::serve::rpc::error::RequestError;
 use crate::serve::rpc::observe::{AnswerBytes, Deadline};
-use crate::serve::rpc::{Ask, Submitted, WorkerService, call_bytes, convert, heads, status};
+use crate::serve::rpc::{
+    Ask, Submitted, WorkerService, call_bytes, call_timeline, convert, heads, report, status,
+};
+use crate::serve::timeline::{CallStage, CallTimeline, ImageTimes, RequestTimeline};
 
 pub(super) const EMBEDDING: &str = "embedding";
 pub(super) const LAST_HIDDEN_STATE: &str = "last_hidden_state";
@@ -42,10 +45,11 @@ const STATUS: &str = "status";
 const FINAL: &str = "triton_final_response";
 
 /// Priority class and deadline that a request inherits from its call.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct CallOrigin {
     pub(super) class: Priority,
     pub(super) deadline: Option<Instant>,
+    pub(super) timeline: CallTimeline,
 }
 
 impl CallOrigin {
@@ -53,6 +57,7 @@ impl CallOrigin {
         Self {
             class: extensions.get().copied().unwrap_or(Priority::Interactive),
             deadline: extensions.get::<Deadline>().and_then(|deadline| deadline.0),
+            timeline: call_timeline(extensions),
         }
     }
 }
@@ -104,6 +109,7 @@ struct Plan {
     of_head: Option<PreprocessOptions>,
     class: Priority,
     deadline: Option<Instant>,
+    timeline: RequestTimeline,
 }
 
 /// Request that was checked and may be submitted.
@@ -127,8 +133,9 @@ impl PreparedInfer {
     pub(super) fn new(
         oip: &Oip,
         mut request: ModelInferRequest,
-        origin: CallOrigin,
+        origin: &CallOrigin,
     ) -> Result<Self, RequestError> {
+        let timeline = origin.timeline.request();
         let service = &*oip.0;
         let facts = service.facts()?;
         oip.check_model(&request.model_name, &request.model_version)?;
@@ -162,6 +169,7 @@ impl PreparedInfer {
                 of_head,
                 class: manner.class.unwrap_or(origin.class),
                 deadline,
+                timeline,
             },
             pictures,
         })
@@ -186,6 +194,7 @@ impl PreparedInfer {
             plan.class,
             plan.deadline,
             arrived,
+            plan.timeline.clone(),
         )?;
         Ok(RunningInfer { plan, submitted })
     }
@@ -214,6 +223,27 @@ impl RunningInfer {
         let response = plan.response(&oip.0, outcomes)?;
         oip.0.metrics.totals().answered(started.elapsed());
         Ok((response, held))
+    }
+}
+
+/// Stages whose times a response has as parameters, in milliseconds.
+const TIMED: [(&str, CallStage); 4] = [
+    ("wait_ms", CallStage::Wait),
+    ("decode_ms", CallStage::Decode),
+    ("queue_ms", CallStage::Queue),
+    ("inference_ms", CallStage::Inference),
+];
+
+/// Says how long the image of a request that was answered last took in each
+/// stage, and how many images were in its run.
+fn say_times(times: &ImageTimes, mut say: impl FnMut(&str, ParameterChoice)) {
+    for (name, stage) in TIMED {
+        let duration = report::milliseconds(times.duration(stage));
+        say(name, ParameterChoice::DoubleParam(duration));
+    }
+    if times.n_in_batch > 0 {
+        let n = i64::try_from(times.n_in_batch).unwrap_or(i64::MAX);
+        say("batch", ParameterChoice::Int64Param(n));
     }
 }
 
@@ -592,6 +622,9 @@ impl Plan {
             let word = |name: &str| ParameterChoice::StringParam(name.to_owned());
             say("fit", word(parameters::fit_name(fit)));
             say("alpha", word(parameters::alpha_name(alpha)));
+        }
+        if let Some(times) = self.timeline.last() {
+            say_times(&times, &mut say);
         }
         if self.marks_final {
             say(FINAL, ParameterChoice::BoolParam(true));

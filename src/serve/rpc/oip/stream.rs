@@ -52,13 +52,14 @@ pub(super) fn open(oip: &Oip, request: Request<Requests>) -> Result<InferAnswers
         service.limits.stream_idle_timeout,
         (service.readiness.clone(), patience),
     );
+    let bytes_max = service.admission.bytes().size_for(origin.class) / STREAM_BYTES_PART;
     let session = Session {
         leaves_at: extensions.get::<Peer>().and_then(Peer::leaves_at),
         origin,
         arrived,
         outbox: Arc::clone(&outbox),
         window: service.limits.stream_window_max as usize,
-        bytes_max: service.admission.bytes().size_for(origin.class) / STREAM_BYTES_PART,
+        bytes_max,
         n_read: 0,
         _open: service.metrics.stream(),
         course: extensions.get::<CallCourse>().and_then(CallCourse::take),
@@ -187,7 +188,7 @@ impl Session {
         let arrived = Instant::now();
         let share = self.arrived.take();
         let id = request.id.clone();
-        let prepared = PreparedInfer::new(&self.oip, request, self.origin);
+        let prepared = PreparedInfer::new(&self.oip, request, &self.origin);
         let bytes = prepared.as_ref().map_or(0, PreparedInfer::bytes);
         let (outbox, bytes_max) = (Arc::clone(&self.outbox), self.bytes_max);
         Box::pin(async move {

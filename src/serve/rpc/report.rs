@@ -1,0 +1,239 @@
+//! Report of a call that has ended: the times in its trailers, its line in the
+//! access log, and its span.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::{Duration, Instant};
+
+use http::{HeaderName, HeaderValue};
+use tonic::Code;
+
+use crate::proto::{GrpcCode, Priority, RpcMethod};
+use crate::serve::timeline::{CallStage, CallTimeline, CallTimes, ImageTimes};
+use crate::serve::trace::{CallContent, CallPart, SpanAttribute, number};
+
+/// Trailer with the time of each stage of a call.
+pub(super) const TIMING: HeaderName = HeaderName::from_static("imagegpt-timing");
+
+/// Returns the times of a call up to now, in the form of the Server-Timing
+/// header: milliseconds by stage.
+pub(super) fn timing(timeline: &CallTimeline) -> HeaderValue {
+    let times = timeline.times(Instant::now());
+    let mut text = String::with_capacity(192);
+    for (stage, duration) in &times.stages {
+        let label = stage.label();
+        let _ = write!(text, "{label};dur={:.3}", milliseconds(*duration));
+        if *stage == CallStage::Inference && times.batch > 0.0 {
+            let _ = write!(text, ";batch={}", rounded(times.batch));
+        }
+        text.push_str(", ");
+    }
+    let _ = write!(text, "total;dur={:.3}", milliseconds(times.total));
+    if timeline.is_stream() {
+        let _ = write!(text, ";images={}", times.n_images);
+    }
+    // The text has only letters, digits and punctuation.
+    HeaderValue::from_str(&text).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
+pub(super) fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// Rounds to thousandths, so that a log line has no digits that mean nothing.
+fn rounded(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
+}
+
+/// Code with which a call ended, shared by its guards.
+#[derive(Debug, Clone)]
+pub(super) struct CallCode(Arc<AtomicI32>);
+
+impl CallCode {
+    /// Code of a call whose future is dropped before it has a code.
+    pub(super) fn cancelled() -> Self {
+        Self(Arc::new(AtomicI32::new(Code::Cancelled as i32)))
+    }
+
+    pub(super) fn set(&self, code: Code) {
+        self.0.store(code as i32, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> GrpcCode {
+        GrpcCode::from(Code::from_i32(self.0.load(Ordering::Relaxed)))
+    }
+}
+
+/// Facts about a call for its report.
+#[derive(Debug)]
+pub(super) struct CallReport {
+    pub(super) timeline: CallTimeline,
+    pub(super) method: RpcMethod,
+    pub(super) code: CallCode,
+    pub(super) class: Option<Priority>,
+    pub(super) peer: Option<SocketAddr>,
+    pub(super) request_id: HeaderValue,
+    /// Span of the log, which names the method, the request id and the trace.
+    pub(super) log_span: tracing::Span,
+    /// True if the call has a line in the access log.
+    pub(super) is_logged: bool,
+}
+
+impl CallReport {
+    /// Logs the call and sends its span, now that its answer has been written.
+    fn end(&self) {
+        let now = Instant::now();
+        if self.is_logged {
+            self.log(&self.timeline.times(now));
+        }
+        self.trace(now);
+    }
+
+    fn class(&self) -> &'static str {
+        self.class.map_or("", Priority::label)
+    }
+
+    fn log(&self, times: &CallTimes) {
+        let of = |stage| {
+            let found = times.stages.iter().find(|(found, _)| *found == stage);
+            found.map(|(_, duration)| rounded(milliseconds(*duration)))
+        };
+        self.log_span.in_scope(|| {
+            tracing::info!(
+                target: "imagegpt::access",
+                code = self.code.get().name(),
+                peer = self.peer.map(tracing::field::display),
+                class = self.class(),
+                images = times.n_images,
+                batch = (times.batch > 0.0).then(|| rounded(times.batch)),
+                receive_ms = of(CallStage::Receive),
+                admission_ms = of(CallStage::Admission),
+                wait_ms = of(CallStage::Wait),
+                decode_ms = of(CallStage::Decode),
+                queue_ms = of(CallStage::Queue),
+                inference_ms = of(CallStage::Inference),
+                reply_ms = of(CallStage::Reply),
+                total_ms = rounded(milliseconds(times.total)),
+                "call"
+            );
+        });
+    }
+
+    fn trace(&self, now: Instant) {
+        let Some((span, calendar)) = self.timeline.span() else {
+            return;
+        };
+        let code = self.code.get();
+        let (mut parts, mut events, mut n_images) = (Vec::new(), Vec::new(), 0);
+        if self.timeline.is_stream() {
+            n_images = self.timeline.times(now).n_images;
+            events.extend(self.timeline.first_images().iter().map(image_event));
+        } else {
+            let (stages, last) = self.timeline.stages(now);
+            n_images += self.timeline.times(now).n_images;
+            parts.extend(stages.into_iter().map(|stage| {
+                let mut part = CallPart {
+                    name: stage.stage.label(),
+                    began: stage.began,
+                    ended: stage.ended,
+                    attributes: Vec::new(),
+                    batch: None,
+                };
+                if stage.stage == CallStage::Inference
+                    && let Some(last) = &last
+                    && last.n_in_batch > 0
+                {
+                    part.attributes
+                        .push(number("imagegpt.batch", last.n_in_batch));
+                    part.batch.clone_from(&last.batch);
+                }
+                part
+            }));
+        }
+        let service = service(self.method);
+        let images = usize::try_from(n_images).unwrap_or(usize::MAX);
+        let mut attributes = vec![
+            SpanAttribute::new("rpc.system", "grpc"),
+            SpanAttribute::new("rpc.service", service),
+            SpanAttribute::new("rpc.method", self.method.name()),
+            SpanAttribute::new("rpc.grpc.status_code", i64::from(code as i32)),
+            SpanAttribute::new("imagegpt.class", self.class()),
+            number("imagegpt.images", images),
+        ];
+        if let Ok(id) = self.request_id.to_str() {
+            attributes.push(SpanAttribute::new("imagegpt.request_id", id.to_owned()));
+        }
+        if let Some(peer) = self.peer {
+            attributes.push(SpanAttribute::new("client.address", peer.ip().to_string()));
+        }
+        let n_events = events.len() as u64;
+        span.end(CallContent {
+            name: format!("{service}/{}", self.method.name()),
+            calendar,
+            began: self.timeline.began(),
+            ended: now,
+            attributes,
+            failure: is_servers_fault(code).then(|| code.name()),
+            parts,
+            n_events_left_out: if self.timeline.is_stream() {
+                n_images.saturating_sub(n_events)
+            } else {
+                0
+            },
+            events,
+        });
+    }
+}
+
+impl Drop for CallReport {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Returns the name of the service that has a method, without slashes.
+fn service(method: RpcMethod) -> &'static str {
+    let mut services = RpcMethod::SERVICES.iter();
+    let found = services.find(|(_, methods)| methods.contains(&method.name()));
+    found.map_or("", |(path, _)| path.trim_matches('/'))
+}
+
+/// Returns the event of one image of a stream.
+fn image_event(image: &ImageTimes) -> CallPart {
+    let stages = [
+        ("imagegpt.admission_ms", CallStage::Admission),
+        ("imagegpt.wait_ms", CallStage::Wait),
+        ("imagegpt.decode_ms", CallStage::Decode),
+        ("imagegpt.queue_ms", CallStage::Queue),
+        ("imagegpt.inference_ms", CallStage::Inference),
+    ];
+    let mut attributes: Vec<SpanAttribute> = stages
+        .into_iter()
+        .map(|(name, stage)| SpanAttribute::new(name, milliseconds(image.duration(stage))))
+        .collect();
+    attributes.push(number("imagegpt.batch", image.n_in_batch));
+    let (began, ended) = image.whole();
+    CallPart {
+        name: "image",
+        began,
+        ended,
+        attributes,
+        batch: None,
+    }
+}
+
+/// True if a code means that the worker failed; other errors are the caller's
+/// (conventions of OpenTelemetry for servers of RPC).
+fn is_servers_fault(code: GrpcCode) -> bool {
+    matches!(
+        code,
+        GrpcCode::Unknown
+            | GrpcCode::DeadlineExceeded
+            | GrpcCode::Unimplemented
+            | GrpcCode::Internal
+            | GrpcCode::Unavailable
+            | GrpcCode::DataLoss
+    )
+}

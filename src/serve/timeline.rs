@@ -1,0 +1,518 @@
+//! Times at which a call and its images pass the stages.
+//!
+//! Each image carries its own times ([`ImageTimeline`], in its ticket) and
+//! leaves them with its request when it is answered. A request is a unary call
+//! or one item of a stream; its image that was answered last decides, since the
+//! caller waited for that one: its stages follow each other without a gap, so
+//! they sum to the time of the call.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::trace::{BatchSpan, Calendar, CallSpan, SpanLink};
+
+/// Part of a call's time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CallStage {
+    /// From the call's headers until its request has arrived and is decoded.
+    Receive,
+    /// Until its images are admitted.
+    Admission,
+    /// Until a preprocessing thread takes the image.
+    Wait,
+    /// Until the image is tokens.
+    Decode,
+    /// Until a run of the model with the image begins.
+    Queue,
+    /// Until the run has ended; all runs, for an image that is generated.
+    Inference,
+    /// Until the answer has been written.
+    Reply,
+}
+
+impl CallStage {
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Receive,
+        Self::Admission,
+        Self::Wait,
+        Self::Decode,
+        Self::Queue,
+        Self::Inference,
+        Self::Reply,
+    ];
+
+    /// Name of the stage in trailers, logs and spans.
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Receive => "receive",
+            Self::Admission => "admission",
+            Self::Wait => "wait",
+            Self::Decode => "decode",
+            Self::Queue => "queue",
+            Self::Inference => "inference",
+            Self::Reply => "reply",
+        }
+    }
+}
+
+/// Times of one image, kept by its ticket.
+#[derive(Debug)]
+pub(crate) struct ImageTimeline {
+    request: RequestTimeline,
+    admitted: Instant,
+    taken: Option<Instant>,
+    tokenized: Option<Instant>,
+    run: Option<ModelRun>,
+}
+
+/// Run of the model in which an image took part.
+#[derive(Debug, Clone)]
+pub(crate) struct ModelRun {
+    pub began: Instant,
+    /// End of the run; none for an image that is generated, whose runs end with
+    /// its answer.
+    pub ended: Option<Instant>,
+    /// Number of images in the run; 0 for an image that is generated.
+    pub n_images: usize,
+    pub span: Option<Arc<BatchSpan>>,
+}
+
+/// Times of an image that was answered, in their order: the end of each stage
+/// is the beginning of the next.
+#[derive(Debug, Clone)]
+pub(crate) struct ImageTimes {
+    /// Time at which the image's request had arrived.
+    arrived: Instant,
+    admitted: Instant,
+    taken: Instant,
+    tokenized: Instant,
+    run_began: Instant,
+    run_ended: Instant,
+    /// Number of images in the run; 0 without a run of a batch.
+    pub n_in_batch: usize,
+    pub batch: Option<SpanLink>,
+}
+
+impl ImageTimeline {
+    /// Timeline of an image that is admitted now.
+    pub(crate) fn new(request: RequestTimeline, admitted: Instant) -> Self {
+        Self {
+            request,
+            admitted,
+            taken: None,
+            tokenized: None,
+            run: None,
+        }
+    }
+
+    /// Timeline of an image that belongs to no call.
+    #[cfg(test)]
+    pub(crate) fn none() -> Self {
+        Self::new(RequestTimeline::none(), Instant::now())
+    }
+
+    /// Notes that a thread begins to turn the image into tokens.
+    pub(crate) fn taken(&mut self) {
+        self.taken = Some(Instant::now());
+    }
+
+    /// Notes that the image is tokens.
+    pub(crate) fn tokenized(&mut self, at: Instant) {
+        self.tokenized = Some(at);
+    }
+
+    /// Notes the run in which the image took part.
+    pub(crate) fn ran(&mut self, run: ModelRun) {
+        self.run = Some(run);
+    }
+
+    /// Leaves the times with the request, now that the image is answered.
+    pub(crate) fn answered(self) {
+        let now = Instant::now();
+        let call = &self.request.0.call.0;
+        let sampled = call.span.as_ref();
+        // A stage that was not reached takes no time, and the stage before it
+        // lasted until the answer. An image that joined a run in progress has
+        // been in no queue.
+        let taken = self.taken.unwrap_or(now);
+        let tokenized = self.tokenized.unwrap_or(now);
+        let (run_began, run_ended) = match &self.run {
+            Some(run) => {
+                let began = run.began.max(tokenized);
+                (began, run.ended.unwrap_or(now).max(began))
+            }
+            None => (now, now),
+        };
+        let batch = self.run.as_ref().and_then(|run| run.span.as_ref());
+        let times = ImageTimes {
+            arrived: self.request.0.arrived,
+            admitted: self.admitted,
+            taken,
+            tokenized,
+            run_began,
+            run_ended,
+            n_in_batch: self.run.as_ref().map_or(0, |run| run.n_images),
+            batch: batch.zip(sampled).map(|(batch, call)| batch.link(call)),
+        };
+        call.lock().answered(&times, sampled.is_some());
+        *self.request.lock() = Some(times);
+    }
+}
+
+impl ImageTimes {
+    /// Duration of a stage between the arrival of the request and the answer.
+    pub(crate) fn duration(&self, stage: CallStage) -> Duration {
+        let (began, ended) = self.stage(stage);
+        ended.saturating_duration_since(began)
+    }
+
+    /// Times at which the image's request had arrived and its run ended.
+    pub(crate) fn whole(&self) -> (Instant, Instant) {
+        (self.arrived, self.run_ended)
+    }
+
+    /// Times of a stage between the arrival of the request and the answer.
+    fn stage(&self, stage: CallStage) -> (Instant, Instant) {
+        match stage {
+            CallStage::Receive => (self.arrived, self.arrived),
+            CallStage::Admission => (self.arrived, self.admitted),
+            CallStage::Wait => (self.admitted, self.taken),
+            CallStage::Decode => (self.taken, self.tokenized),
+            CallStage::Queue => (self.tokenized, self.run_began),
+            CallStage::Inference => (self.run_began, self.run_ended),
+            CallStage::Reply => (self.run_ended, self.run_ended),
+        }
+    }
+}
+
+/// Times of one request: a unary call, or one item of a stream. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct RequestTimeline(Arc<RequestState>);
+
+#[derive(Debug)]
+struct RequestState {
+    call: CallTimeline,
+    arrived: Instant,
+    /// Times of the image that was answered last.
+    last: Mutex<Option<ImageTimes>>,
+}
+
+impl RequestTimeline {
+    fn lock(&self) -> MutexGuard<'_, Option<ImageTimes>> {
+        // Nothing below can panic halfway through a change.
+        self.0.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Timeline of a request that belongs to no call.
+    #[cfg(test)]
+    pub(crate) fn none() -> Self {
+        CallTimeline::new(Instant::now(), None, false).request()
+    }
+
+    /// Returns the times of the image that was answered last.
+    pub(crate) fn last(&self) -> Option<ImageTimes> {
+        self.lock().clone()
+    }
+}
+
+/// Times of a call. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct CallTimeline(Arc<CallState>);
+
+#[derive(Debug)]
+struct CallState {
+    began: Instant,
+    calendar: Option<Calendar>,
+    span: Option<CallSpan>,
+    /// True if the call may have any number of requests.
+    is_stream: bool,
+    images: Mutex<CallImages>,
+}
+
+/// Most images of a stream whose times are kept for its span.
+const EVENTS_MAX: usize = 128;
+
+/// Images of a call that were answered.
+#[derive(Debug, Default)]
+struct CallImages {
+    /// Arrival of the call's first request.
+    arrived: Option<Instant>,
+    n: u64,
+    sums: [Duration; CallStage::ALL.len()],
+    n_in_batches: u64,
+    last: Option<ImageTimes>,
+    /// Times of the first images of a sampled stream.
+    first: Vec<ImageTimes>,
+}
+
+impl CallImages {
+    fn answered(&mut self, times: &ImageTimes, keep: bool) {
+        self.n += 1;
+        for stage in CallStage::ALL {
+            self.sums[stage as usize] += times.duration(stage);
+        }
+        self.n_in_batches += times.n_in_batch as u64;
+        if keep && self.first.len() < EVENTS_MAX {
+            self.first.push(times.clone());
+        }
+        self.last = Some(times.clone());
+    }
+}
+
+impl CallState {
+    fn lock(&self) -> MutexGuard<'_, CallImages> {
+        // Nothing below can panic halfway through a change.
+        self.images.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One stage of a call, with the times at which it began and ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StageSpan {
+    pub stage: CallStage,
+    pub began: Instant,
+    pub ended: Instant,
+}
+
+impl StageSpan {
+    pub(crate) fn duration(&self) -> Duration {
+        self.ended.saturating_duration_since(self.began)
+    }
+}
+
+/// Times of a call, read at some moment.
+#[derive(Debug)]
+pub(crate) struct CallTimes {
+    /// Stages that the call reached, in their order. Those of a unary call
+    /// follow each other from its beginning to the moment of reading; those of
+    /// a stream are means over its images, and begin where they may.
+    pub stages: Vec<(CallStage, Duration)>,
+    pub total: Duration,
+    pub n_images: u64,
+    /// Images in the runs that the call's images took part in, on average; 0
+    /// without runs of batches.
+    pub batch: f64,
+}
+
+impl CallTimeline {
+    /// Timeline of a call that began at this time.
+    pub(crate) fn new(began: Instant, span: Option<CallSpan>, is_stream: bool) -> Self {
+        Self(Arc::new(CallState {
+            began,
+            calendar: span.is_some().then(|| Calendar::now(began)),
+            span,
+            is_stream,
+            images: Mutex::default(),
+        }))
+    }
+
+    /// Timeline of a request of the call that has arrived now.
+    pub(crate) fn request(&self) -> RequestTimeline {
+        let now = Instant::now();
+        self.0.lock().arrived.get_or_insert(now);
+        RequestTimeline(Arc::new(RequestState {
+            call: self.clone(),
+            arrived: now,
+            last: Mutex::default(),
+        }))
+    }
+
+    /// Span of the call, if the call is sampled.
+    pub(crate) fn span(&self) -> Option<(&CallSpan, Calendar)> {
+        self.0.span.as_ref().zip(self.0.calendar)
+    }
+
+    pub(crate) fn began(&self) -> Instant {
+        self.0.began
+    }
+
+    pub(crate) fn is_stream(&self) -> bool {
+        self.0.is_stream
+    }
+
+    /// Stages of a unary call up to this moment, one after the other, with its
+    /// deciding image.
+    pub(crate) fn stages(&self, now: Instant) -> (Vec<StageSpan>, Option<ImageTimes>) {
+        let images = self.0.lock();
+        let span = |stage, began, ended| StageSpan {
+            stage,
+            began,
+            ended,
+        };
+        let Some(arrived) = images.arrived else {
+            return (Vec::new(), None);
+        };
+        let Some(last) = images.last.clone() else {
+            let received = span(CallStage::Receive, self.0.began, arrived);
+            let admitted = span(CallStage::Admission, arrived, now);
+            return (vec![received, admitted], None);
+        };
+        let stages = CallStage::ALL.map(|stage| match stage {
+            CallStage::Receive => span(stage, self.0.began, last.arrived),
+            CallStage::Reply => span(stage, last.run_ended, now.max(last.run_ended)),
+            _ => {
+                let (began, ended) = last.stage(stage);
+                span(stage, began, ended)
+            }
+        });
+        (stages.to_vec(), Some(last))
+    }
+
+    /// Times of the call up to this moment.
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "counts of images stay far below 2^52"
+    )]
+    pub(crate) fn times(&self, now: Instant) -> CallTimes {
+        let total = now.saturating_duration_since(self.0.began);
+        if self.0.is_stream {
+            let images = self.0.lock();
+            let n = u32::try_from(images.n.max(1)).unwrap_or(u32::MAX);
+            let between = &CallStage::ALL[1..CallStage::ALL.len() - 1];
+            return CallTimes {
+                stages: between
+                    .iter()
+                    .map(|&stage| (stage, images.sums[stage as usize] / n))
+                    .filter(|_| images.n > 0)
+                    .collect(),
+                total,
+                n_images: images.n,
+                batch: images.n_in_batches as f64 / images.n.max(1) as f64,
+            };
+        }
+        let (stages, last) = self.stages(now);
+        CallTimes {
+            stages: stages
+                .iter()
+                .map(|span| (span.stage, span.duration()))
+                .collect(),
+            total,
+            n_images: self.0.lock().n,
+            batch: last.map_or(0, |last| last.n_in_batch) as f64,
+        }
+    }
+
+    /// Times of the first images of a sampled stream.
+    pub(crate) fn first_images(&self) -> Vec<ImageTimes> {
+        self.0.lock().first.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    /// Answers an image whose stages begin at these milliseconds of the call,
+    /// and returns the durations of the call's stages at millisecond 100.
+    fn stages(change: impl FnOnce(&mut ImageTimeline, Instant)) -> Vec<(&'static str, u128)> {
+        let began = Instant::now().checked_sub(50 * MS).expect("an old machine");
+        let call = CallTimeline::new(began, None, false);
+        call.0.lock().arrived = Some(began + MS);
+        let request = RequestTimeline(Arc::new(RequestState {
+            call: call.clone(),
+            arrived: began + MS,
+            last: Mutex::default(),
+        }));
+        let mut image = ImageTimeline::new(request, began + 3 * MS);
+        change(&mut image, began);
+        image.answered();
+        let times = call.times(began + 100 * MS);
+        let sum: Duration = times.stages.iter().map(|(_, duration)| *duration).sum();
+        assert_eq!(sum, times.total, "no gap and no overlap");
+        let stage =
+            |(stage, duration): &(CallStage, Duration)| (stage.label(), duration.as_millis());
+        times.stages.iter().map(stage).collect()
+    }
+
+    fn run(began: Instant, from: u32, to: u32) -> ModelRun {
+        ModelRun {
+            began: began + from * MS,
+            ended: Some(began + to * MS),
+            n_images: 2,
+            span: None,
+        }
+    }
+
+    #[test]
+    fn the_stages_of_an_image_follow_each_other() {
+        let found = stages(|image, began| {
+            image.taken = Some(began + 6 * MS);
+            image.tokenized = Some(began + 10 * MS);
+            image.ran(run(began, 15, 40));
+        });
+        let expected = [
+            ("receive", 1),
+            ("admission", 2),
+            ("wait", 3),
+            ("decode", 4),
+            ("queue", 5),
+            ("inference", 25),
+            ("reply", 60),
+        ];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn an_image_that_joins_a_run_in_progress_was_in_no_queue() {
+        let found = stages(|image, began| {
+            image.taken = Some(began + 6 * MS);
+            image.tokenized = Some(began + 20 * MS);
+            image.ran(run(began, 15, 40));
+        });
+        assert_eq!(found[4..6], [("queue", 0), ("inference", 20)]);
+    }
+
+    #[test]
+    fn a_stage_that_was_not_reached_takes_no_time() {
+        let found = stages(|image, began| image.taken = Some(began + 6 * MS));
+        assert!(found[3].1 >= 40, "the decoder failed: {found:?}");
+        assert_eq!(found[4..6], [("queue", 0), ("inference", 0)]);
+        let found = stages(|_, _| {});
+        assert!(
+            found[2].1 >= 40,
+            "dropped before a thread took it: {found:?}"
+        );
+    }
+
+    #[test]
+    fn calls_without_images_have_what_they_reached() {
+        let began = Instant::now();
+        let call = CallTimeline::new(began, None, false);
+        assert!(call.times(began + MS).stages.is_empty());
+        let _request = call.request();
+        let times = call.times(began + 5 * MS);
+        let labels: Vec<_> = times
+            .stages
+            .iter()
+            .map(|(stage, _)| stage.label())
+            .collect();
+        assert_eq!(labels, ["receive", "admission"]);
+        assert_eq!((times.n_images, times.total), (0, 5 * MS));
+    }
+
+    #[test]
+    fn a_stream_has_the_means_of_its_images() {
+        let began = Instant::now()
+            .checked_sub(100 * MS)
+            .expect("an old machine");
+        let call = CallTimeline::new(began, None, true);
+        for (from, to) in [(20, 30), (30, 60)] {
+            let mut image = ImageTimeline::new(call.request(), began + 3 * MS);
+            image.taken = Some(began + 6 * MS);
+            image.tokenized = Some(began + 10 * MS);
+            image.ran(run(began, from, to));
+            image.answered();
+        }
+        let times = call.times(began + 100 * MS);
+        assert_eq!((times.n_images, times.total), (2, 100 * MS));
+        let of = |stage| times.stages.iter().find(|(found, _)| *found == stage);
+        assert_eq!(of(CallStage::Queue).map(|(_, mean)| *mean), Some(15 * MS));
+        assert_eq!(
+            of(CallStage::Inference).map(|(_, mean)| *mean),
+            Some(20 * MS)
+        );
+        assert!(of(CallStage::Reply).is_none(), "of no single image");
+    }
+}

@@ -1,0 +1,370 @@
+//! Traces in OpenTelemetry: spans of calls and batches, sent to a collector
+//! over OTLP.
+//!
+//! A call's times come from threads that are not the call's own and are known
+//! when the call ends, so spans are made then, from those times, and not while
+//! the call runs. The library samples, makes ids and speaks the collector's
+//! protocol; the queue before it is the worker's own, because it must count
+//! what it drops. Nothing here blocks: a span that finds the queue full is
+//! dropped and counted, as are spans that the collector does not take.
+
+mod export;
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Instant, SystemTime};
+
+use opentelemetry::propagation::{Extractor, TextMapPropagator as _};
+use opentelemetry::trace::{
+    Link, SpanContext, SpanId, SpanKind, Status, TraceContextExt as _, TraceFlags, TraceState,
+};
+use opentelemetry::{Context, InstrumentationScope, KeyValue};
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use opentelemetry_sdk::trace::{
+    IdGenerator, RandomIdGenerator, Sampler, SamplingDecision, ShouldSample as _, SpanData,
+    SpanEvents, SpanLinks,
+};
+use tokio::sync::mpsc;
+
+use crate::serve::config::TraceConfig;
+use crate::serve::metrics::Metrics;
+use crate::serve::metrics::trace::SpanDrop;
+
+pub(crate) use self::export::SpanExport;
+pub(crate) use opentelemetry::KeyValue as SpanAttribute;
+pub(crate) use opentelemetry::trace::SpanContext as SpanLink;
+
+/// Most spans that wait to be sent: some hundred calls, in about 4 MiB.
+const SPANS_MAX: usize = 4096;
+/// Most calls that the span of one batch names: as many as the largest batch
+/// has on a CPU; a span with more links is cut by many collectors (128 is the
+/// default limit of the specification).
+const LINKS_MAX: usize = 128;
+
+/// Handle with which stages make spans; makes none without a collector. Cheap
+/// to clone.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Traces(Option<Arc<Tracing>>);
+
+#[derive(Debug)]
+struct Tracing {
+    sampler: Sampler,
+    ids: RandomIdGenerator,
+    scope: InstrumentationScope,
+    spans: mpsc::Sender<SpanData>,
+    metrics: Metrics,
+}
+
+/// Headers of a call that say to which trace the call belongs.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct TraceHeaders<'a> {
+    pub traceparent: Option<&'a str>,
+    pub tracestate: Option<&'a str>,
+}
+
+impl Extractor for TraceHeaders<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        match key {
+            "traceparent" => self.traceparent,
+            "tracestate" => self.tracestate,
+            _ => None,
+        }
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        vec!["traceparent", "tracestate"]
+    }
+}
+
+impl Traces {
+    /// Returns a handle and the task that sends spans, if a collector is
+    /// configured.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the endpoint or its certificates cannot be used.
+    pub(crate) fn start(
+        config: &TraceConfig,
+        metrics: &Metrics,
+    ) -> anyhow::Result<(Self, Option<SpanExport>)> {
+        let Some(exporter) = export::exporter(config)? else {
+            return Ok((Self::default(), None));
+        };
+        let (spans, waiting) = mpsc::channel(SPANS_MAX);
+        let ratio = Sampler::TraceIdRatioBased(config.otlp_sample_ratio);
+        let tracing = Tracing {
+            sampler: Sampler::ParentBased(Box::new(ratio)),
+            ids: RandomIdGenerator::default(),
+            scope: InstrumentationScope::builder(env!("CARGO_PKG_NAME"))
+                .with_version(env!("CARGO_PKG_VERSION"))
+                .build(),
+            spans,
+            metrics: metrics.clone(),
+        };
+        let export = SpanExport::start(exporter, waiting, metrics.clone());
+        Ok((Self(Some(Arc::new(tracing))), Some(export)))
+    }
+
+    /// Begins the span of a call, as a child of the span that the headers name;
+    /// none if the call is not sampled.
+    pub(crate) fn call(&self, headers: TraceHeaders<'_>, name: &str) -> Option<CallSpan> {
+        let tracing = self.0.as_ref()?;
+        let context = TraceContextPropagator::new().extract_with_context(&Context::new(), &headers);
+        let parent = context.span().span_context().clone();
+        let trace_id = if parent.is_valid() {
+            parent.trace_id()
+        } else {
+            tracing.ids.new_trace_id()
+        };
+        let parent_context = parent.is_valid().then_some(&context);
+        let sampled = tracing.sampler.should_sample(
+            parent_context,
+            trace_id,
+            name,
+            &SpanKind::Server,
+            &[],
+            &[],
+        );
+        if sampled.decision != SamplingDecision::RecordAndSample {
+            return None;
+        }
+        let context = SpanContext::new(
+            trace_id,
+            tracing.ids.new_span_id(),
+            TraceFlags::SAMPLED,
+            false,
+            sampled.trace_state,
+        );
+        Some(CallSpan {
+            parent: parent.span_id(),
+            context,
+            tracing: Arc::clone(tracing),
+        })
+    }
+
+    /// Begins the span of a batch; none without a collector. The span is sent
+    /// only if a sampled call takes part in the batch.
+    pub(crate) fn batch(&self) -> Option<Arc<BatchSpan>> {
+        let tracing = self.0.as_ref()?;
+        let context = SpanContext::new(
+            tracing.ids.new_trace_id(),
+            tracing.ids.new_span_id(),
+            TraceFlags::SAMPLED,
+            false,
+            TraceState::default(),
+        );
+        Some(Arc::new(BatchSpan {
+            context,
+            state: Mutex::default(),
+            tracing: Arc::clone(tracing),
+        }))
+    }
+}
+
+impl Tracing {
+    fn send(&self, span: SpanData) {
+        if self.spans.try_send(span).is_err() {
+            self.metrics.trace().dropped(SpanDrop::Queue, 1);
+        }
+    }
+
+    fn span(
+        &self,
+        context: SpanContext,
+        name: impl Into<std::borrow::Cow<'static, str>>,
+        times: (SystemTime, SystemTime),
+    ) -> SpanData {
+        SpanData {
+            span_context: context,
+            parent_span_id: SpanId::INVALID,
+            parent_span_is_remote: false,
+            span_kind: SpanKind::Internal,
+            name: name.into(),
+            start_time: times.0,
+            end_time: times.1.max(times.0),
+            attributes: Vec::new(),
+            dropped_attributes_count: 0,
+            events: SpanEvents::default(),
+            links: SpanLinks::default(),
+            status: Status::Unset,
+            instrumentation_scope: self.scope.clone(),
+        }
+    }
+}
+
+/// Converter of times of the process's clock to times of the calendar, by one
+/// moment that is known in both.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Calendar {
+    instant: Instant,
+    time: SystemTime,
+}
+
+impl Calendar {
+    pub(crate) fn now(instant: Instant) -> Self {
+        Self {
+            instant,
+            time: SystemTime::now(),
+        }
+    }
+
+    fn time(&self, instant: Instant) -> SystemTime {
+        match instant.checked_duration_since(self.instant) {
+            Some(after) => self.time + after,
+            None => self.time - self.instant.duration_since(instant),
+        }
+    }
+}
+
+/// Span of a sampled call.
+#[derive(Debug)]
+pub(crate) struct CallSpan {
+    context: SpanContext,
+    /// Id of the span in the caller that made the call.
+    parent: SpanId,
+    tracing: Arc<Tracing>,
+}
+
+/// Part of a call with its own span, or an event of the call's span.
+#[derive(Debug)]
+pub(crate) struct CallPart {
+    pub name: &'static str,
+    pub began: Instant,
+    pub ended: Instant,
+    pub attributes: Vec<SpanAttribute>,
+    /// Span of the batch in which the part took place.
+    pub batch: Option<SpanContext>,
+}
+
+/// Content of a call's span, known when the call has ended.
+#[derive(Debug)]
+pub(crate) struct CallContent {
+    pub name: String,
+    pub calendar: Calendar,
+    pub began: Instant,
+    pub ended: Instant,
+    pub attributes: Vec<SpanAttribute>,
+    /// Reason for which the call counts as failed by the worker.
+    pub failure: Option<&'static str>,
+    /// Parts that follow each other; each becomes a child.
+    pub parts: Vec<CallPart>,
+    /// Parts that may overlap; each becomes an event at its end.
+    pub events: Vec<CallPart>,
+    /// Number of events that were left out.
+    pub n_events_left_out: u64,
+}
+
+impl CallSpan {
+    /// Returns the id of the call's trace, in 32 hexadecimal digits.
+    pub(crate) fn trace_id(&self) -> String {
+        self.context.trace_id().to_string()
+    }
+
+    /// Sends the span with its children.
+    pub(crate) fn end(&self, content: CallContent) {
+        let tracing = &self.tracing;
+        let calendar = content.calendar;
+        let times = |began, ended| (calendar.time(began), calendar.time(ended));
+        for part in content.parts {
+            let context = SpanContext::new(
+                self.context.trace_id(),
+                tracing.ids.new_span_id(),
+                TraceFlags::SAMPLED,
+                false,
+                self.context.trace_state().clone(),
+            );
+            let mut child = tracing.span(context, part.name, times(part.began, part.ended));
+            child.parent_span_id = self.context.span_id();
+            child.attributes = part.attributes;
+            child.links.links.extend(part.batch.map(Link::with_context));
+            tracing.send(child);
+        }
+        let mut span = tracing.span(
+            self.context.clone(),
+            content.name,
+            times(content.began, content.ended),
+        );
+        span.parent_span_id = self.parent;
+        span.parent_span_is_remote = self.parent != SpanId::INVALID;
+        span.span_kind = SpanKind::Server;
+        span.attributes = content.attributes;
+        span.events.dropped_count = u32::try_from(content.n_events_left_out).unwrap_or(u32::MAX);
+        for event in content.events {
+            let time = calendar.time(event.ended);
+            let event = opentelemetry::trace::Event::new(event.name, time, event.attributes, 0);
+            span.events.events.push(event);
+        }
+        if let Some(failure) = content.failure {
+            span.status = Status::error(failure);
+        }
+        tracing.send(span);
+    }
+}
+
+/// Span of one batch, which links to the sampled calls that took part. Sent
+/// when its last holder drops it, if there are such calls.
+#[derive(Debug)]
+pub(crate) struct BatchSpan {
+    context: SpanContext,
+    state: Mutex<BatchState>,
+    tracing: Arc<Tracing>,
+}
+
+#[derive(Debug, Default)]
+struct BatchState {
+    links: Vec<Link>,
+    n_links_left_out: u32,
+    content: Option<BatchContent>,
+}
+
+/// Content of a batch's span, known when the batch has run.
+#[derive(Debug)]
+pub(crate) struct BatchContent {
+    pub began: Instant,
+    pub ended: Instant,
+    pub attributes: Vec<SpanAttribute>,
+}
+
+impl BatchSpan {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BatchState> {
+        // Nothing below can panic halfway through a change.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets what the span says.
+    pub(crate) fn ran(&self, content: BatchContent) {
+        self.lock().content = Some(content);
+    }
+
+    /// Links the batch to a sampled call; returns the batch's own context, for
+    /// the link back.
+    pub(crate) fn link(&self, call: &CallSpan) -> SpanContext {
+        let mut state = self.lock();
+        if state.links.len() < LINKS_MAX {
+            state.links.push(Link::with_context(call.context.clone()));
+        } else {
+            state.n_links_left_out += 1;
+        }
+        self.context.clone()
+    }
+}
+
+impl Drop for BatchSpan {
+    fn drop(&mut self) {
+        let state = std::mem::take(&mut *self.lock());
+        let Some(content) = state.content.filter(|_| !state.links.is_empty()) else {
+            return;
+        };
+        let calendar = Calendar::now(Instant::now());
+        let times = (calendar.time(content.began), calendar.time(content.ended));
+        let mut span = self.tracing.span(self.context.clone(), "batch", times);
+        span.attributes = content.attributes;
+        span.links.links = state.links;
+        span.links.dropped_count = state.n_links_left_out;
+        self.tracing.send(span);
+    }
+}
+
+/// Returns an attribute with a number.
+pub(crate) fn number(name: &'static str, value: usize) -> SpanAttribute {
+    KeyValue::new(name, i64::try_from(value).unwrap_or(i64::MAX))
+}

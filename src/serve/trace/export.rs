@@ -1,0 +1,196 @@
+//! Task that sends spans to the collector.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use opentelemetry_otlp::tonic_types::transport::{Certificate, ClientTlsConfig};
+use opentelemetry_otlp::{SpanExporter, WithExportConfig as _, WithTonicConfig as _};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::trace::{SpanData, SpanExporter as _};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::serve::config::TraceConfig;
+use crate::serve::metrics::Metrics;
+use crate::serve::metrics::trace::SpanDrop;
+
+/// Most spans in one message to the collector: about half a megabyte, an eighth
+/// of the largest message that collectors take by default.
+const BATCH_MAX: usize = 512;
+/// Time in which spans gather before they are sent, so that a busy worker does
+/// not send a message per call.
+const GATHER: Duration = Duration::from_secs(1);
+/// Longest time for the collector to take one message; while it takes none, the
+/// queue fills up, and further spans are dropped.
+const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest time for the last spans when the worker ends. A collector that is
+/// there needs milliseconds.
+const FLUSH_MAX: Duration = Duration::from_secs(2);
+/// Attribute with the name of the service.
+const SERVICE_NAME: &str = "service.name";
+
+/// Returns the exporter for the configured collector, if there is one.
+pub(super) fn exporter(config: &TraceConfig) -> anyhow::Result<Option<SpanExporter>> {
+    let Some(endpoint) = &config.otlp_endpoint else {
+        return Ok(None);
+    };
+    let mut builder = SpanExporter::builder()
+        .with_tonic()
+        .with_endpoint(endpoint.as_str())
+        .with_timeout(EXPORT_TIMEOUT);
+    if endpoint.starts_with("https://") {
+        let mut tls = ClientTlsConfig::new();
+        tls = match &config.otlp_ca {
+            Some(path) => {
+                let pem = std::fs::read(path)
+                    .with_context(|| format!("--otlp-ca {} cannot be read", path.display()))?;
+                tls.ca_certificate(Certificate::from_pem(pem))
+            }
+            None => tls.with_webpki_roots(),
+        };
+        builder = builder.with_tls_config(tls);
+    }
+    let mut exporter = builder
+        .build()
+        .with_context(|| format!("--otlp-endpoint {endpoint} cannot be used"))?;
+    exporter.set_resource(&resource());
+    Ok(Some(exporter))
+}
+
+/// Returns the attributes of the process: those of OTEL_RESOURCE_ATTRIBUTES and
+/// OTEL_SERVICE_NAME, and the worker's own where these say nothing.
+fn resource() -> Resource {
+    let given = Resource::builder().build();
+    let name = given.get(&SERVICE_NAME.into());
+    let mut builder = Resource::builder();
+    if name.is_none_or(|name| name.as_str().starts_with("unknown_service")) {
+        builder = builder.with_service_name(env!("CARGO_PKG_NAME"));
+    }
+    if given.get(&"service.version".into()).is_none() {
+        let version = opentelemetry::KeyValue::new("service.version", env!("CARGO_PKG_VERSION"));
+        builder = builder.with_attribute(version);
+    }
+    builder.build()
+}
+
+/// Task that sends spans, and its end.
+#[derive(Debug)]
+pub(crate) struct SpanExport {
+    task: tokio::task::JoinHandle<()>,
+    stop: oneshot::Sender<()>,
+}
+
+impl SpanExport {
+    pub(super) fn start(
+        exporter: SpanExporter,
+        waiting: mpsc::Receiver<SpanData>,
+        metrics: Metrics,
+    ) -> Self {
+        let (stop, stopped) = oneshot::channel();
+        let task = tokio::spawn(run(exporter, waiting, metrics, stopped));
+        Self { task, stop }
+    }
+
+    /// Sends the spans that wait, for two seconds at most, and ends.
+    pub(crate) async fn end(self) {
+        let _ = self.stop.send(());
+        let mut task = self.task;
+        if tokio::time::timeout(FLUSH_MAX, &mut task).await.is_err() {
+            task.abort();
+        }
+    }
+}
+
+async fn run(
+    exporter: SpanExporter,
+    mut waiting: mpsc::Receiver<SpanData>,
+    metrics: Metrics,
+    mut stopped: oneshot::Receiver<()>,
+) {
+    let mut collector = Collector {
+        exporter,
+        metrics,
+        is_away: false,
+    };
+    loop {
+        let mut batch = Vec::new();
+        let is_last = tokio::select! {
+            // An error means that the worker was dropped without a shutdown.
+            _ = &mut stopped => true,
+            () = gather(&mut waiting, &mut batch) => false,
+        };
+        if is_last {
+            break collector.send_rest(batch, &mut waiting).await;
+        }
+        collector.send(batch).await;
+    }
+}
+
+/// Takes spans until a message is full or the first has waited for long enough.
+async fn gather(waiting: &mut mpsc::Receiver<SpanData>, batch: &mut Vec<SpanData>) {
+    if waiting.recv_many(batch, BATCH_MAX).await == 0 {
+        // The stages are gone; what follows is the stop.
+        return std::future::pending().await;
+    }
+    let late = tokio::time::sleep(GATHER);
+    let mut late = std::pin::pin!(late);
+    while batch.len() < BATCH_MAX {
+        let room = BATCH_MAX - batch.len();
+        tokio::select! {
+            () = &mut late => return,
+            n = waiting.recv_many(batch, room) => if n == 0 { return },
+        }
+    }
+}
+
+struct Collector {
+    exporter: SpanExporter,
+    metrics: Metrics,
+    /// True if the last message was not taken, so that the log has one line per
+    /// change and not one per message.
+    is_away: bool,
+}
+
+impl Collector {
+    /// Sends the spans that wait when the worker ends.
+    async fn send_rest(mut self, first: Vec<SpanData>, waiting: &mut mpsc::Receiver<SpanData>) {
+        let mut batch = first;
+        loop {
+            while batch.len() < BATCH_MAX
+                && let Ok(span) = waiting.try_recv()
+            {
+                batch.push(span);
+            }
+            if batch.is_empty() {
+                return;
+            }
+            self.send(std::mem::take(&mut batch)).await;
+        }
+    }
+
+    async fn send(&mut self, batch: Vec<SpanData>) {
+        let n_spans = batch.len();
+        let sent = tokio::time::timeout(EXPORT_TIMEOUT, self.exporter.export(batch)).await;
+        let error = match sent {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(_) => Some(format!("no answer within {} s", EXPORT_TIMEOUT.as_secs())),
+        };
+        match error {
+            None => {
+                self.metrics.trace().exported(n_spans);
+                if std::mem::take(&mut self.is_away) {
+                    tracing::info!("the OTLP collector takes spans again");
+                }
+            }
+            Some(error) => {
+                self.metrics.trace().dropped(SpanDrop::Collector, n_spans);
+                if !std::mem::replace(&mut self.is_away, true) {
+                    tracing::warn!(
+                        error,
+                        "the OTLP collector takes no spans; they are dropped and counted until it does"
+                    );
+                }
+            }
+        }
+    }
+}
