@@ -139,8 +139,8 @@ bench-scheduler: build ## Measure overload, interactive calls beside bulk, and s
 	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/bench-scheduler.sh
 
 .PHONY: soak
-soak: build ## Ten minutes of mixed load with cancels and garbage, every answer verified
-	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/bench-scheduler.sh soak
+soak: build ## Ten minutes of mixed load of two callers with cancels and garbage, every answer verified, and a log that fails
+	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/soak.sh --rss-slope-max 256
 
 # ATTACK_SHORT=1 takes under a minute; BINARY=target/debug/imagegpt takes what `cargo build` has made, and builds none.
 .PHONY: attack

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Measures the scheduler's promises with an engine that takes 5 ms per batch and
 # 1 ms per image: goodput and refusals under overload, interactive calls beside
-# bulk work, and beside clients that do not read. With the argument `soak`, runs
-# all of these together for ten minutes instead and verifies every answer.
+# bulk work, and beside clients that do not read.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 worker=target/release/imagegpt
@@ -18,13 +17,8 @@ bench() {
     "$worker" bench --endpoint "http://127.0.0.1:$PORT" --pid "$pid" \
         --json "target/bench/$1.json" "$@"
 }
-if [ "${1:-}" = soak ]; then
-    shift
-    bench soak --duration 10m "$@"
-else
-    bench overload
-    bench mixed
-    bench slow-reader
-fi
+bench overload
+bench mixed
+bench slow-reader
 kill "$pid"
 wait "$pid"

@@ -6,8 +6,11 @@
 //! caller waited for that one: its stages follow each other without a gap, so
 //! they sum to the time of the call.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use crate::proto::GrpcCode;
 
 use super::trace::{BatchSpan, Calendar, CallSpan, SpanLink};
 
@@ -154,7 +157,7 @@ impl ImageTimeline {
             n_in_batch: self.run.as_ref().map_or(0, |run| run.n_images),
             batch: batch.zip(sampled).map(|(batch, call)| batch.link(call)),
         };
-        call.lock().answered(&times, sampled.is_some());
+        call.answered(&times);
         *self.request.lock() = Some(times);
     }
 }
@@ -226,6 +229,9 @@ struct CallState {
     span: Option<CallSpan>,
     /// True if the call may have any number of requests.
     is_stream: bool,
+    /// Code with which the call ended; CANCELLED until then, since a call that
+    /// is dropped was cancelled.
+    code: AtomicUsize,
     images: Mutex<CallImages>,
 }
 
@@ -246,8 +252,8 @@ struct CallImages {
 }
 
 impl CallImages {
-    fn answered(&mut self, times: &ImageTimes, keep: bool) {
-        self.n += 1;
+    /// Adds the times of an image of a stream.
+    fn add(&mut self, times: &ImageTimes, keep: bool) {
         for stage in CallStage::ALL {
             self.sums[stage as usize] += times.duration(stage);
         }
@@ -255,11 +261,20 @@ impl CallImages {
         if keep && self.first.len() < EVENTS_MAX {
             self.first.push(times.clone());
         }
-        self.last = Some(times.clone());
     }
 }
 
 impl CallState {
+    fn answered(&self, times: &ImageTimes) {
+        let mut images = self.lock();
+        images.n += 1;
+        if self.is_stream {
+            images.add(times, self.span.is_some());
+        } else {
+            images.last = Some(times.clone());
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, CallImages> {
         // Nothing below can panic halfway through a change.
         self.images.lock().unwrap_or_else(PoisonError::into_inner)
@@ -269,10 +284,13 @@ impl CallState {
 /// One stage of a call, with the times at which it began and ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct StageSpan {
-    pub stage: CallStage,
     pub began: Instant,
     pub ended: Instant,
 }
+
+/// One value for each stage, in the order of [`CallStage::ALL`]; none for a
+/// stage that a call did not reach.
+pub(crate) type EachStage<T> = [Option<T>; CallStage::ALL.len()];
 
 impl StageSpan {
     pub(crate) fn duration(&self) -> Duration {
@@ -283,10 +301,9 @@ impl StageSpan {
 /// Times of a call, read at some moment.
 #[derive(Debug)]
 pub(crate) struct CallTimes {
-    /// Stages that the call reached, in their order. Those of a unary call
-    /// follow each other from its beginning to the moment of reading; those of
-    /// a stream are means over its images, and begin where they may.
-    pub stages: Vec<(CallStage, Duration)>,
+    /// Stages of a unary call follow each other from its beginning to the
+    /// moment of reading; those of a stream are means over its images.
+    pub stages: EachStage<Duration>,
     pub total: Duration,
     pub n_images: u64,
     /// Images in the runs that the call's images took part in, on average; 0
@@ -302,6 +319,7 @@ impl CallTimeline {
             calendar: span.is_some().then(|| Calendar::now(began)),
             span,
             is_stream,
+            code: AtomicUsize::new(GrpcCode::Cancelled as usize),
             images: Mutex::default(),
         }))
     }
@@ -322,6 +340,17 @@ impl CallTimeline {
         self.0.span.as_ref().zip(self.0.calendar)
     }
 
+    /// Notes the code with which the call ended.
+    pub(crate) fn ended(&self, code: GrpcCode) {
+        self.0.code.store(code as usize, Ordering::Relaxed);
+    }
+
+    /// Code with which the call ended.
+    pub(crate) fn code(&self) -> GrpcCode {
+        let code = self.0.code.load(Ordering::Relaxed);
+        *GrpcCode::ALL.get(code).unwrap_or(&GrpcCode::Unknown)
+    }
+
     pub(crate) fn began(&self) -> Instant {
         self.0.began
     }
@@ -332,30 +361,27 @@ impl CallTimeline {
 
     /// Stages of a unary call up to this moment, one after the other, with its
     /// deciding image.
-    pub(crate) fn stages(&self, now: Instant) -> (Vec<StageSpan>, Option<ImageTimes>) {
+    pub(crate) fn stages(&self, now: Instant) -> (EachStage<StageSpan>, Option<ImageTimes>) {
+        let span = |began, ended| Some(StageSpan { began, ended });
         let images = self.0.lock();
-        let span = |stage, began, ended| StageSpan {
-            stage,
-            began,
-            ended,
-        };
+        let mut stages = EachStage::default();
         let Some(arrived) = images.arrived else {
-            return (Vec::new(), None);
+            return (stages, None);
         };
+        stages[CallStage::Receive as usize] = span(self.0.began, arrived);
         let Some(last) = images.last.clone() else {
-            let received = span(CallStage::Receive, self.0.began, arrived);
-            let admitted = span(CallStage::Admission, arrived, now);
-            return (vec![received, admitted], None);
+            stages[CallStage::Admission as usize] = span(arrived, now);
+            return (stages, None);
         };
-        let stages = CallStage::ALL.map(|stage| match stage {
-            CallStage::Receive => span(stage, self.0.began, last.arrived),
-            CallStage::Reply => span(stage, last.run_ended, now.max(last.run_ended)),
-            _ => {
-                let (began, ended) = last.stage(stage);
-                span(stage, began, ended)
-            }
-        });
-        (stages.to_vec(), Some(last))
+        for stage in CallStage::ALL {
+            let (began, ended) = last.stage(stage);
+            stages[stage as usize] = match stage {
+                CallStage::Receive => span(self.0.began, ended),
+                CallStage::Reply => span(began, now.max(began)),
+                _ => span(began, ended),
+            };
+        }
+        (stages, Some(last))
     }
 
     /// Times of the call up to this moment.
@@ -368,13 +394,13 @@ impl CallTimeline {
         if self.0.is_stream {
             let images = self.0.lock();
             let n = u32::try_from(images.n.max(1)).unwrap_or(u32::MAX);
-            let between = &CallStage::ALL[1..CallStage::ALL.len() - 1];
+            let mut stages = EachStage::default();
+            for stage in &CallStage::ALL[1..CallStage::ALL.len() - 1] {
+                let mean = images.sums[*stage as usize] / n;
+                stages[*stage as usize] = (images.n > 0).then_some(mean);
+            }
             return CallTimes {
-                stages: between
-                    .iter()
-                    .map(|&stage| (stage, images.sums[stage as usize] / n))
-                    .filter(|_| images.n > 0)
-                    .collect(),
+                stages,
                 total,
                 n_images: images.n,
                 batch: images.n_in_batches as f64 / images.n.max(1) as f64,
@@ -382,10 +408,7 @@ impl CallTimeline {
         }
         let (stages, last) = self.stages(now);
         CallTimes {
-            stages: stages
-                .iter()
-                .map(|span| (span.stage, span.duration()))
-                .collect(),
+            stages: stages.map(|span| Some(span?.duration())),
             total,
             n_images: self.0.lock().n,
             batch: last.map_or(0, |last| last.n_in_batch) as f64,
@@ -419,11 +442,13 @@ mod tests {
         change(&mut image, began);
         image.answered();
         let times = call.times(began + 100 * MS);
-        let sum: Duration = times.stages.iter().map(|(_, duration)| *duration).sum();
+        let sum: Duration = times.stages.iter().flatten().sum();
         assert_eq!(sum, times.total, "no gap and no overlap");
-        let stage =
-            |(stage, duration): &(CallStage, Duration)| (stage.label(), duration.as_millis());
-        times.stages.iter().map(stage).collect()
+        let stages = CallStage::ALL.into_iter().zip(times.stages);
+        let reached = stages.map(|(stage, time)| (stage.label(), time.expect("reached")));
+        reached
+            .map(|(label, time)| (label, time.as_millis()))
+            .collect()
     }
 
     fn run(began: Instant, from: u32, to: u32) -> ModelRun {
@@ -480,15 +505,11 @@ mod tests {
     fn calls_without_images_have_what_they_reached() {
         let began = Instant::now();
         let call = CallTimeline::new(began, None, false);
-        assert!(call.times(began + MS).stages.is_empty());
+        assert_eq!(call.times(began + MS).stages, EachStage::default());
         let _request = call.request();
         let times = call.times(began + 5 * MS);
-        let labels: Vec<_> = times
-            .stages
-            .iter()
-            .map(|(stage, _)| stage.label())
-            .collect();
-        assert_eq!(labels, ["receive", "admission"]);
+        let reached = times.stages.map(|time| time.is_some());
+        assert_eq!(reached, [true, true, false, false, false, false, false]);
         assert_eq!((times.n_images, times.total), (0, 5 * MS));
     }
 
@@ -507,12 +528,9 @@ mod tests {
         }
         let times = call.times(began + 100 * MS);
         assert_eq!((times.n_images, times.total), (2, 100 * MS));
-        let of = |stage| times.stages.iter().find(|(found, _)| *found == stage);
-        assert_eq!(of(CallStage::Queue).map(|(_, mean)| *mean), Some(15 * MS));
-        assert_eq!(
-            of(CallStage::Inference).map(|(_, mean)| *mean),
-            Some(20 * MS)
-        );
-        assert!(of(CallStage::Reply).is_none(), "of no single image");
+        let of = |stage: CallStage| times.stages[stage as usize];
+        assert_eq!(of(CallStage::Queue), Some(15 * MS));
+        assert_eq!(of(CallStage::Inference), Some(20 * MS));
+        assert_eq!(of(CallStage::Reply), None, "of no single image");
     }
 }

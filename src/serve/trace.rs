@@ -106,8 +106,13 @@ impl Traces {
 
     /// Begins the span of a call, as a child of the span that the headers name;
     /// none if the call is not sampled.
-    pub(crate) fn call(&self, headers: TraceHeaders<'_>, name: &str) -> Option<CallSpan> {
+    pub(crate) fn call<'a>(
+        &self,
+        headers: impl FnOnce() -> TraceHeaders<'a>,
+        name: &str,
+    ) -> Option<CallSpan> {
         let tracing = self.0.as_ref()?;
+        let headers = headers();
         let context = TraceContextPropagator::new().extract_with_context(&Context::new(), &headers);
         let parent = context.span().span_context().clone();
         let trace_id = if parent.is_valid() {

@@ -20,7 +20,7 @@ use tracing::Instrument as _;
 use super::arriving::{self, Arrived, MessageCompression, RequestFacts};
 use super::leaving::{self, LeavingBody};
 use super::listen::Peer;
-use super::report::{self, CallCode, CallReport};
+use super::report::{self, CallReport};
 use super::{deadline, status};
 use crate::excerpt::Excerpt;
 use crate::proto::codec::Growth;
@@ -220,10 +220,8 @@ where
         };
         let started = Instant::now();
         let id = request_id(request.headers());
-        let call_span = self
-            .observe
-            .traces
-            .call(trace_headers(request.headers()), method.name());
+        let headers = || trace_headers(request.headers());
+        let call_span = self.observe.traces.call(headers, method.name());
         let sampled_id = call_span.as_ref().map(CallSpan::trace_id);
         let given_id = trace_id(request.headers()).unwrap_or_default();
         let span = tracing::info_span!(
@@ -237,19 +235,17 @@ where
         let report = CallReport {
             timeline: timeline.clone(),
             method,
-            code: CallCode::cancelled(),
             class: class.as_ref().ok().copied(),
             peer: request.extensions().get::<Peer>().and_then(|p| p.addr),
             request_id: id.clone(),
-            log_span: span.clone(),
-            is_logged: self.observe.access_log,
+            log_span: self.observe.access_log.then(|| span.clone()),
         };
         let ending = CallEnding {
             metrics: self.observe.metrics.clone(),
             method,
             started,
             code: Code::Cancelled,
-            reported: report.code.clone(),
+            timeline: timeline.clone(),
         };
         let deadline = deadline::of(request.headers(), started);
         let course = CallCourse::new(ending, self.observe.calls.enter(report));
@@ -340,15 +336,15 @@ pub(super) struct CallEnding {
     method: RpcMethod,
     started: Instant,
     pub(super) code: Code,
-    /// Code for the call's report, which is made later.
-    reported: CallCode,
+    /// Times of the call, whose report is made later.
+    timeline: CallTimeline,
 }
 
 impl Drop for CallEnding {
     fn drop(&mut self) {
         let elapsed = self.started.elapsed();
-        self.reported.set(self.code);
         let code = GrpcCode::from(self.code);
+        self.timeline.ended(code);
         self.metrics.request(self.method, code, elapsed);
         match self.code {
             Code::Internal | Code::Unknown => tracing::warn!(%code, ?elapsed, "call failed"),

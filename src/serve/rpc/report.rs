@@ -1,14 +1,12 @@
 //! Report of a call that has ended: the times in its trailers, its line in the
 //! access log, and its span.
 
-use std::fmt::Write as _;
+use std::io::Write as _;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use http::{HeaderName, HeaderValue};
-use tonic::Code;
 
 use crate::proto::{GrpcCode, Priority, RpcMethod};
 use crate::serve::timeline::{CallStage, CallTimeline, CallTimes, ImageTimes};
@@ -21,21 +19,34 @@ pub(super) const TIMING: HeaderName = HeaderName::from_static("imagegpt-timing")
 /// header: milliseconds by stage.
 pub(super) fn timing(timeline: &CallTimeline) -> HeaderValue {
     let times = timeline.times(Instant::now());
-    let mut text = String::with_capacity(192);
-    for (stage, duration) in &times.stages {
-        let label = stage.label();
-        let _ = write!(text, "{label};dur={:.3}", milliseconds(*duration));
-        if *stage == CallStage::Inference && times.batch > 0.0 {
+    let mut text = Vec::with_capacity(192);
+    for (stage, duration) in CallStage::ALL.into_iter().zip(times.stages) {
+        let Some(duration) = duration else { continue };
+        put(&mut text, stage.label(), duration);
+        if stage == CallStage::Inference && times.batch > 0.0 {
             let _ = write!(text, ";batch={}", rounded(times.batch));
         }
-        text.push_str(", ");
+        text.extend_from_slice(b", ");
     }
-    let _ = write!(text, "total;dur={:.3}", milliseconds(times.total));
+    put(&mut text, "total", times.total);
     if timeline.is_stream() {
         let _ = write!(text, ";images={}", times.n_images);
     }
     // The text has only letters, digits and punctuation.
-    HeaderValue::from_str(&text).unwrap_or_else(|_| HeaderValue::from_static(""))
+    let value = HeaderValue::from_maybe_shared(Bytes::from(text));
+    let mut value = value.unwrap_or_else(|_| HeaderValue::from_static(""));
+    // HTTP/2 keeps other values in a table for the next header that is the
+    // same, which this one never is.
+    value.set_sensitive(true);
+    value
+}
+
+/// Writes a time in milliseconds. Numbers with a point cost a microsecond per
+/// call when they are written as such.
+fn put(text: &mut Vec<u8>, name: &str, duration: Duration) {
+    text.extend_from_slice(name.as_bytes());
+    let micros = duration.as_micros();
+    let _ = write!(text, ";dur={}.{:03}", micros / 1000, micros % 1000);
 }
 
 pub(super) fn milliseconds(duration: Duration) -> f64 {
@@ -47,46 +58,28 @@ fn rounded(value: f64) -> f64 {
     (value * 1e3).round() / 1e3
 }
 
-/// Code with which a call ended, shared by its guards.
-#[derive(Debug, Clone)]
-pub(super) struct CallCode(Arc<AtomicI32>);
-
-impl CallCode {
-    /// Code of a call whose future is dropped before it has a code.
-    pub(super) fn cancelled() -> Self {
-        Self(Arc::new(AtomicI32::new(Code::Cancelled as i32)))
-    }
-
-    pub(super) fn set(&self, code: Code) {
-        self.0.store(code as i32, Ordering::Relaxed);
-    }
-
-    fn get(&self) -> GrpcCode {
-        GrpcCode::from(Code::from_i32(self.0.load(Ordering::Relaxed)))
-    }
-}
-
 /// Facts about a call for its report.
 #[derive(Debug)]
 pub(super) struct CallReport {
     pub(super) timeline: CallTimeline,
     pub(super) method: RpcMethod,
-    pub(super) code: CallCode,
     pub(super) class: Option<Priority>,
     pub(super) peer: Option<SocketAddr>,
     pub(super) request_id: HeaderValue,
-    /// Span of the log, which names the method, the request id and the trace.
-    pub(super) log_span: tracing::Span,
-    /// True if the call has a line in the access log.
-    pub(super) is_logged: bool,
+    /// Span of the log, which names the method, the request id and the trace;
+    /// none if the call has no line in the access log.
+    pub(super) log_span: Option<tracing::Span>,
 }
 
 impl CallReport {
     /// Logs the call and sends its span, now that its answer has been written.
     fn end(&self) {
+        if self.log_span.is_none() && self.timeline.span().is_none() {
+            return;
+        }
         let now = Instant::now();
-        if self.is_logged {
-            self.log(&self.timeline.times(now));
+        if let Some(span) = &self.log_span {
+            span.in_scope(|| self.log(&self.timeline.times(now)));
         }
         self.trace(now);
     }
@@ -96,36 +89,34 @@ impl CallReport {
     }
 
     fn log(&self, times: &CallTimes) {
-        let of = |stage| {
-            let found = times.stages.iter().find(|(found, _)| *found == stage);
-            found.map(|(_, duration)| rounded(milliseconds(*duration)))
+        let of = |stage: CallStage| {
+            let duration = times.stages[stage as usize];
+            duration.map(|duration| rounded(milliseconds(duration)))
         };
-        self.log_span.in_scope(|| {
-            tracing::info!(
-                target: "imagegpt::access",
-                code = self.code.get().name(),
-                peer = self.peer.map(tracing::field::display),
-                class = self.class(),
-                images = times.n_images,
-                batch = (times.batch > 0.0).then(|| rounded(times.batch)),
-                receive_ms = of(CallStage::Receive),
-                admission_ms = of(CallStage::Admission),
-                wait_ms = of(CallStage::Wait),
-                decode_ms = of(CallStage::Decode),
-                queue_ms = of(CallStage::Queue),
-                inference_ms = of(CallStage::Inference),
-                reply_ms = of(CallStage::Reply),
-                total_ms = rounded(milliseconds(times.total)),
-                "call"
-            );
-        });
+        tracing::info!(
+            target: "imagegpt::access",
+            code = self.timeline.code().name(),
+            peer = self.peer.map(tracing::field::display),
+            class = self.class(),
+            images = times.n_images,
+            batch = (times.batch > 0.0).then(|| rounded(times.batch)),
+            receive_ms = of(CallStage::Receive),
+            admission_ms = of(CallStage::Admission),
+            wait_ms = of(CallStage::Wait),
+            decode_ms = of(CallStage::Decode),
+            queue_ms = of(CallStage::Queue),
+            inference_ms = of(CallStage::Inference),
+            reply_ms = of(CallStage::Reply),
+            total_ms = rounded(milliseconds(times.total)),
+            "call"
+        );
     }
 
     fn trace(&self, now: Instant) {
         let Some((span, calendar)) = self.timeline.span() else {
             return;
         };
-        let code = self.code.get();
+        let code = self.timeline.code();
         let (mut parts, mut events, mut n_images) = (Vec::new(), Vec::new(), 0);
         if self.timeline.is_stream() {
             n_images = self.timeline.times(now).n_images;
@@ -133,15 +124,17 @@ impl CallReport {
         } else {
             let (stages, last) = self.timeline.stages(now);
             n_images += self.timeline.times(now).n_images;
-            parts.extend(stages.into_iter().map(|stage| {
+            let reached = CallStage::ALL.into_iter().zip(stages);
+            let reached = reached.filter_map(|(stage, span)| Some((stage, span?)));
+            parts.extend(reached.map(|(stage, span)| {
                 let mut part = CallPart {
-                    name: stage.stage.label(),
-                    began: stage.began,
-                    ended: stage.ended,
+                    name: stage.label(),
+                    began: span.began,
+                    ended: span.ended,
                     attributes: Vec::new(),
                     batch: None,
                 };
-                if stage.stage == CallStage::Inference
+                if stage == CallStage::Inference
                     && let Some(last) = &last
                     && last.n_in_batch > 0
                 {
