@@ -35,7 +35,7 @@ use crate::serve::error::{RequestStage, StageError};
 use crate::serve::metrics::{EngineFault, EngineGap, Metrics};
 use crate::serve::sequence::Sequence;
 use crate::serve::timeline::ModelRun;
-use crate::serve::trace::{BatchContent, SpanAttribute, Traces, number};
+use crate::serve::trace::{BatchContent, Traces};
 use crate::telemetry::panic_text;
 
 /// Parts that the thread needs besides the engine.
@@ -331,22 +331,17 @@ impl Life {
     /// Returns what the callers of a run are told about it, and begins its span
     /// if there is a collector.
     fn model_run(&self, graph: Graph, bucket: usize, n_images: usize, ended: Instant) -> ModelRun {
-        let span = self.runner.traces.batch();
-        if let Some(span) = &span {
-            span.ran(BatchContent {
-                began: self.began,
-                ended,
-                attributes: vec![
-                    SpanAttribute::new("imagegpt.graph", graph.label()),
-                    number("imagegpt.device", self.runner.device.0),
-                    number("imagegpt.images", n_images),
-                    number("imagegpt.batch_size", bucket),
-                ],
-            });
-        }
+        let span = self.runner.traces.batch(BatchContent {
+            began: self.began,
+            ended,
+            graph: graph.label(),
+            device: self.runner.device.0,
+            n_images,
+            bucket,
+        });
         ModelRun {
             began: self.began,
-            ended: Some(ended),
+            ended,
             n_images,
             span,
         }

@@ -152,15 +152,13 @@ impl PendingReplies {
                 Err(EngineError::NotFinite.into())
             }
         };
-        for mut ticket in tickets {
-            ticket.timeline.ran(run.clone());
+        for ticket in tickets {
             let outcome = outcome(&ticket, values.clone());
-            ticket.finish(outcome);
+            ticket.finish_after(Some(&run), outcome);
         }
-        if let Some(mut ticket) = last {
-            ticket.timeline.ran(run);
+        if let Some(ticket) = last {
             let outcome = outcome(&ticket, values);
-            ticket.finish(outcome);
+            ticket.finish_after(Some(&run), outcome);
         }
     }
 }

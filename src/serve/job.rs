@@ -18,7 +18,7 @@ use crate::proto::Priority;
 use crate::serve::capacity::CapacityShare;
 use crate::serve::error::{RequestStage, StageError};
 use crate::serve::generate::GenerateRequest;
-use crate::serve::timeline::ImageTimeline;
+use crate::serve::timeline::{ImageTimeline, ModelRun};
 
 pub(crate) use self::waiters::CoalescedWaiters;
 
@@ -110,11 +110,17 @@ impl Ticket {
 
     /// Answers the caller and returns the capacity.
     pub(crate) fn finish(self, outcome: Result<Answer, StageError>) {
+        self.finish_after(None, outcome);
+    }
+
+    /// Answers the caller after a run of the model, if there was one, and
+    /// returns the capacity.
+    pub(crate) fn finish_after(self, run: Option<&ModelRun>, outcome: Result<Answer, StageError>) {
         // The capacity is returned first, so that a caller who has an answer
         // can rely on the room that its image has left.
         drop(self.permit);
         // The caller reads the times once it has the answer.
-        self.timeline.answered();
+        self.timeline.answered(run);
         self.reply.send(outcome);
     }
 }

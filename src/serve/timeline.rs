@@ -65,17 +65,15 @@ pub(crate) struct ImageTimeline {
     admitted: Instant,
     taken: Option<Instant>,
     tokenized: Option<Instant>,
-    run: Option<ModelRun>,
+    /// First step of an image that is generated.
+    generation_began: Option<Instant>,
 }
 
-/// Run of the model in which an image took part.
+/// Run of the model in which images took part.
 #[derive(Debug, Clone)]
 pub(crate) struct ModelRun {
     pub began: Instant,
-    /// End of the run; none for an image that is generated, whose runs end with
-    /// its answer.
-    pub ended: Option<Instant>,
-    /// Number of images in the run; 0 for an image that is generated.
+    pub ended: Instant,
     pub n_images: usize,
     pub span: Option<Arc<BatchSpan>>,
 }
@@ -104,7 +102,7 @@ impl ImageTimeline {
             admitted,
             taken: None,
             tokenized: None,
-            run: None,
+            generation_began: None,
         }
     }
 
@@ -124,41 +122,43 @@ impl ImageTimeline {
         self.tokenized = Some(at);
     }
 
-    /// Notes the run in which the image took part.
-    pub(crate) fn ran(&mut self, run: ModelRun) {
-        self.run = Some(run);
+    /// Notes that the first step of the image begins.
+    pub(crate) fn generation_began(&mut self, at: Instant) {
+        self.generation_began = Some(at);
     }
 
-    /// Leaves the times with the request, now that the image is answered.
-    pub(crate) fn answered(self) {
+    /// Leaves the times with the request, now that the image is answered by a
+    /// run, or without one.
+    pub(crate) fn answered(self, run: Option<&ModelRun>) {
         let now = Instant::now();
-        let call = &self.request.0.call.0;
+        let call = &self.request.call.0;
         let sampled = call.span.as_ref();
         // A stage that was not reached takes no time, and the stage before it
         // lasted until the answer. An image that joined a run in progress has
         // been in no queue.
         let taken = self.taken.unwrap_or(now);
         let tokenized = self.tokenized.unwrap_or(now);
-        let (run_began, run_ended) = match &self.run {
-            Some(run) => {
-                let began = run.began.max(tokenized);
-                (began, run.ended.unwrap_or(now).max(began))
-            }
-            None => (now, now),
+        let (run_began, run_ended) = match (run, self.generation_began) {
+            (Some(run), _) => (run.began, run.ended),
+            (None, Some(began)) => (began, now),
+            (None, None) => (now, now),
         };
-        let batch = self.run.as_ref().and_then(|run| run.span.as_ref());
+        let run_began = run_began.max(tokenized);
+        let batch = run.and_then(|run| run.span.as_ref());
         let times = ImageTimes {
-            arrived: self.request.0.arrived,
+            arrived: self.request.arrived,
             admitted: self.admitted,
             taken,
             tokenized,
             run_began,
-            run_ended,
-            n_in_batch: self.run.as_ref().map_or(0, |run| run.n_images),
+            run_ended: run_ended.max(run_began),
+            n_in_batch: run.map_or(0, |run| run.n_images),
             batch: batch.zip(sampled).map(|(batch, call)| batch.link(call)),
         };
-        call.answered(&times);
-        *self.request.lock() = Some(times);
+        if let Some(own) = &self.request.own {
+            *own.lock().unwrap_or_else(PoisonError::into_inner) = Some(times.clone());
+        }
+        call.answered(times);
     }
 }
 
@@ -190,31 +190,36 @@ impl ImageTimes {
 
 /// Times of one request: a unary call, or one item of a stream. Cheap to clone.
 #[derive(Debug, Clone)]
-pub(crate) struct RequestTimeline(Arc<RequestState>);
-
-#[derive(Debug)]
-struct RequestState {
+pub(crate) struct RequestTimeline {
     call: CallTimeline,
     arrived: Instant,
-    /// Times of the image that was answered last.
-    last: Mutex<Option<ImageTimes>>,
+    /// Times of the request's image that was answered last, if the call has
+    /// other requests and the times of this one will be asked for.
+    own: Option<Arc<Mutex<Option<ImageTimes>>>>,
 }
 
 impl RequestTimeline {
-    fn lock(&self) -> MutexGuard<'_, Option<ImageTimes>> {
-        // Nothing below can panic halfway through a change.
-        self.0.last.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Timeline of a request that belongs to no call.
     #[cfg(test)]
     pub(crate) fn none() -> Self {
         CallTimeline::new(Instant::now(), None, false).request()
     }
 
+    /// Keeps the times of this request apart from those of other requests of
+    /// the same stream.
+    pub(crate) fn apart(mut self) -> Self {
+        if self.call.0.is_stream {
+            self.own = Some(Arc::default());
+        }
+        self
+    }
+
     /// Returns the times of the image that was answered last.
     pub(crate) fn last(&self) -> Option<ImageTimes> {
-        self.lock().clone()
+        match &self.own {
+            Some(own) => own.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            None => self.call.0.lock().last.clone(),
+        }
     }
 }
 
@@ -244,34 +249,35 @@ struct CallImages {
     /// Arrival of the call's first request.
     arrived: Option<Instant>,
     n: u64,
-    sums: [Duration; CallStage::ALL.len()],
-    n_in_batches: u64,
+    /// Times of the image that was answered last, of a unary call.
     last: Option<ImageTimes>,
-    /// Times of the first images of a sampled stream.
+    /// Sums over the images of a stream.
+    sums: Option<Box<StreamSums>>,
+}
+
+#[derive(Debug, Default)]
+struct StreamSums {
+    stages: [Duration; CallStage::ALL.len()],
+    n_in_batches: u64,
+    /// Times of the first images, if the stream is sampled.
     first: Vec<ImageTimes>,
 }
 
-impl CallImages {
-    /// Adds the times of an image of a stream.
-    fn add(&mut self, times: &ImageTimes, keep: bool) {
-        for stage in CallStage::ALL {
-            self.sums[stage as usize] += times.duration(stage);
-        }
-        self.n_in_batches += times.n_in_batch as u64;
-        if keep && self.first.len() < EVENTS_MAX {
-            self.first.push(times.clone());
-        }
-    }
-}
-
 impl CallState {
-    fn answered(&self, times: &ImageTimes) {
+    fn answered(&self, times: ImageTimes) {
         let mut images = self.lock();
         images.n += 1;
-        if self.is_stream {
-            images.add(times, self.span.is_some());
-        } else {
-            images.last = Some(times.clone());
+        if !self.is_stream {
+            images.last = Some(times);
+            return;
+        }
+        let sums = images.sums.get_or_insert_default();
+        for stage in CallStage::ALL {
+            sums.stages[stage as usize] += times.duration(stage);
+        }
+        sums.n_in_batches += times.n_in_batch as u64;
+        if self.span.is_some() && sums.first.len() < EVENTS_MAX {
+            sums.first.push(times);
         }
     }
 
@@ -328,11 +334,11 @@ impl CallTimeline {
     pub(crate) fn request(&self) -> RequestTimeline {
         let now = Instant::now();
         self.0.lock().arrived.get_or_insert(now);
-        RequestTimeline(Arc::new(RequestState {
+        RequestTimeline {
             call: self.clone(),
             arrived: now,
-            last: Mutex::default(),
-        }))
+            own: None,
+        }
     }
 
     /// Span of the call, if the call is sampled.
@@ -393,17 +399,20 @@ impl CallTimeline {
         let total = now.saturating_duration_since(self.0.began);
         if self.0.is_stream {
             let images = self.0.lock();
-            let n = u32::try_from(images.n.max(1)).unwrap_or(u32::MAX);
             let mut stages = EachStage::default();
-            for stage in &CallStage::ALL[1..CallStage::ALL.len() - 1] {
-                let mean = images.sums[*stage as usize] / n;
-                stages[*stage as usize] = (images.n > 0).then_some(mean);
+            let mut batch = 0.0;
+            if let Some(sums) = &images.sums {
+                let n = u32::try_from(images.n.max(1)).unwrap_or(u32::MAX);
+                for stage in &CallStage::ALL[1..CallStage::ALL.len() - 1] {
+                    stages[*stage as usize] = Some(sums.stages[*stage as usize] / n);
+                }
+                batch = sums.n_in_batches as f64 / images.n.max(1) as f64;
             }
             return CallTimes {
                 stages,
                 total,
                 n_images: images.n,
-                batch: images.n_in_batches as f64 / images.n.max(1) as f64,
+                batch,
             };
         }
         let (stages, last) = self.stages(now);
@@ -417,7 +426,9 @@ impl CallTimeline {
 
     /// Times of the first images of a sampled stream.
     pub(crate) fn first_images(&self) -> Vec<ImageTimes> {
-        self.0.lock().first.clone()
+        let images = self.0.lock();
+        let sums = images.sums.as_ref();
+        sums.map(|sums| sums.first.clone()).unwrap_or_default()
     }
 }
 
@@ -429,18 +440,20 @@ mod tests {
 
     /// Answers an image whose stages begin at these milliseconds of the call,
     /// and returns the durations of the call's stages at millisecond 100.
-    fn stages(change: impl FnOnce(&mut ImageTimeline, Instant)) -> Vec<(&'static str, u128)> {
+    fn stages(
+        change: impl FnOnce(&mut ImageTimeline, Instant),
+        run: Option<(u32, u32)>,
+    ) -> Vec<(&'static str, u128)> {
         let began = Instant::now().checked_sub(50 * MS).expect("an old machine");
         let call = CallTimeline::new(began, None, false);
         call.0.lock().arrived = Some(began + MS);
-        let request = RequestTimeline(Arc::new(RequestState {
-            call: call.clone(),
+        let request = RequestTimeline {
             arrived: began + MS,
-            last: Mutex::default(),
-        }));
+            ..call.request()
+        };
         let mut image = ImageTimeline::new(request, began + 3 * MS);
         change(&mut image, began);
-        image.answered();
+        image.answered(run.map(|(from, to)| self::run(began, from, to)).as_ref());
         let times = call.times(began + 100 * MS);
         let sum: Duration = times.stages.iter().flatten().sum();
         assert_eq!(sum, times.total, "no gap and no overlap");
@@ -454,7 +467,7 @@ mod tests {
     fn run(began: Instant, from: u32, to: u32) -> ModelRun {
         ModelRun {
             began: began + from * MS,
-            ended: Some(began + to * MS),
+            ended: began + to * MS,
             n_images: 2,
             span: None,
         }
@@ -462,11 +475,11 @@ mod tests {
 
     #[test]
     fn the_stages_of_an_image_follow_each_other() {
-        let found = stages(|image, began| {
+        let decoded = |image: &mut ImageTimeline, began: Instant| {
             image.taken = Some(began + 6 * MS);
             image.tokenized = Some(began + 10 * MS);
-            image.ran(run(began, 15, 40));
-        });
+        };
+        let found = stages(decoded, Some((15, 40)));
         let expected = [
             ("receive", 1),
             ("admission", 2),
@@ -481,20 +494,20 @@ mod tests {
 
     #[test]
     fn an_image_that_joins_a_run_in_progress_was_in_no_queue() {
-        let found = stages(|image, began| {
+        let late = |image: &mut ImageTimeline, began: Instant| {
             image.taken = Some(began + 6 * MS);
             image.tokenized = Some(began + 20 * MS);
-            image.ran(run(began, 15, 40));
-        });
+        };
+        let found = stages(late, Some((15, 40)));
         assert_eq!(found[4..6], [("queue", 0), ("inference", 20)]);
     }
 
     #[test]
     fn a_stage_that_was_not_reached_takes_no_time() {
-        let found = stages(|image, began| image.taken = Some(began + 6 * MS));
+        let found = stages(|image, began| image.taken = Some(began + 6 * MS), None);
         assert!(found[3].1 >= 40, "the decoder failed: {found:?}");
         assert_eq!(found[4..6], [("queue", 0), ("inference", 0)]);
-        let found = stages(|_, _| {});
+        let found = stages(|_, _| {}, None);
         assert!(
             found[2].1 >= 40,
             "dropped before a thread took it: {found:?}"
@@ -523,8 +536,7 @@ mod tests {
             let mut image = ImageTimeline::new(call.request(), began + 3 * MS);
             image.taken = Some(began + 6 * MS);
             image.tokenized = Some(began + 10 * MS);
-            image.ran(run(began, from, to));
-            image.answered();
+            image.answered(Some(&run(began, from, to)));
         }
         let times = call.times(began + 100 * MS);
         assert_eq!((times.n_images, times.total), (2, 100 * MS));

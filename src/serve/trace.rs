@@ -113,16 +113,19 @@ impl Traces {
     ) -> Option<CallSpan> {
         let tracing = self.0.as_ref()?;
         let headers = headers();
-        let context = TraceContextPropagator::new().extract_with_context(&Context::new(), &headers);
-        let parent = context.span().span_context().clone();
-        let trace_id = if parent.is_valid() {
-            parent.trace_id()
-        } else {
-            tracing.ids.new_trace_id()
+        let context = headers
+            .traceparent
+            .map(|_| TraceContextPropagator::new().extract_with_context(&Context::new(), &headers));
+        let parent = context
+            .as_ref()
+            .map(|context| context.span().span_context().clone());
+        let parent = parent.filter(SpanContext::is_valid);
+        let trace_id = match &parent {
+            Some(parent) => parent.trace_id(),
+            None => tracing.ids.new_trace_id(),
         };
-        let parent_context = parent.is_valid().then_some(&context);
         let sampled = tracing.sampler.should_sample(
-            parent_context,
+            context.as_ref().filter(|_| parent.is_some()),
             trace_id,
             name,
             &SpanKind::Server,
@@ -140,7 +143,7 @@ impl Traces {
             sampled.trace_state,
         );
         Some(CallSpan {
-            parent: parent.span_id(),
+            parent: parent.map_or(SpanId::INVALID, |parent| parent.span_id()),
             context,
             tracing: Arc::clone(tracing),
         })
@@ -148,18 +151,11 @@ impl Traces {
 
     /// Begins the span of a batch; none without a collector. The span is sent
     /// only if a sampled call takes part in the batch.
-    pub(crate) fn batch(&self) -> Option<Arc<BatchSpan>> {
+    pub(crate) fn batch(&self, content: BatchContent) -> Option<Arc<BatchSpan>> {
         let tracing = self.0.as_ref()?;
-        let context = SpanContext::new(
-            tracing.ids.new_trace_id(),
-            tracing.ids.new_span_id(),
-            TraceFlags::SAMPLED,
-            false,
-            TraceState::default(),
-        );
         Some(Arc::new(BatchSpan {
-            context,
-            state: Mutex::default(),
+            content,
+            links: Mutex::default(),
             tracing: Arc::clone(tracing),
         }))
     }
@@ -309,62 +305,80 @@ impl CallSpan {
 /// when its last holder drops it, if there are such calls.
 #[derive(Debug)]
 pub(crate) struct BatchSpan {
-    context: SpanContext,
-    state: Mutex<BatchState>,
+    content: BatchContent,
+    links: Mutex<Option<BatchLinks>>,
     tracing: Arc<Tracing>,
 }
 
-#[derive(Debug, Default)]
-struct BatchState {
+/// Links of a batch's span, once there is a sampled call.
+#[derive(Debug)]
+struct BatchLinks {
+    context: SpanContext,
     links: Vec<Link>,
-    n_links_left_out: u32,
-    content: Option<BatchContent>,
+    n_left_out: u32,
 }
 
-/// Content of a batch's span, known when the batch has run.
-#[derive(Debug)]
+/// Content of a batch's span.
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct BatchContent {
     pub began: Instant,
     pub ended: Instant,
-    pub attributes: Vec<SpanAttribute>,
+    /// Name of the graph that was run.
+    pub graph: &'static str,
+    /// Index of the device among the worker's.
+    pub device: usize,
+    pub n_images: usize,
+    /// Size of the run in rows, padding included.
+    pub bucket: usize,
 }
 
 impl BatchSpan {
-    fn lock(&self) -> std::sync::MutexGuard<'_, BatchState> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<BatchLinks>> {
         // Nothing below can panic halfway through a change.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Sets what the span says.
-    pub(crate) fn ran(&self, content: BatchContent) {
-        self.lock().content = Some(content);
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Links the batch to a sampled call; returns the batch's own context, for
     /// the link back.
     pub(crate) fn link(&self, call: &CallSpan) -> SpanContext {
-        let mut state = self.lock();
-        if state.links.len() < LINKS_MAX {
-            state.links.push(Link::with_context(call.context.clone()));
+        let mut links = self.lock();
+        let links = links.get_or_insert_with(|| BatchLinks {
+            context: SpanContext::new(
+                self.tracing.ids.new_trace_id(),
+                self.tracing.ids.new_span_id(),
+                TraceFlags::SAMPLED,
+                false,
+                TraceState::default(),
+            ),
+            links: Vec::new(),
+            n_left_out: 0,
+        });
+        if links.links.len() < LINKS_MAX {
+            links.links.push(Link::with_context(call.context.clone()));
         } else {
-            state.n_links_left_out += 1;
+            links.n_left_out += 1;
         }
-        self.context.clone()
+        links.context.clone()
     }
 }
 
 impl Drop for BatchSpan {
     fn drop(&mut self) {
-        let state = std::mem::take(&mut *self.lock());
-        let Some(content) = state.content.filter(|_| !state.links.is_empty()) else {
+        let Some(links) = self.lock().take() else {
             return;
         };
+        let content = self.content;
         let calendar = Calendar::now(Instant::now());
         let times = (calendar.time(content.began), calendar.time(content.ended));
-        let mut span = self.tracing.span(self.context.clone(), "batch", times);
-        span.attributes = content.attributes;
-        span.links.links = state.links;
-        span.links.dropped_count = state.n_links_left_out;
+        let mut span = self.tracing.span(links.context, "batch", times);
+        span.attributes = vec![
+            KeyValue::new("imagegpt.graph", content.graph),
+            number("imagegpt.device", content.device),
+            number("imagegpt.images", content.n_images),
+            number("imagegpt.batch_size", content.bucket),
+        ];
+        span.links.links = links.links;
+        span.links.dropped_count = links.n_left_out;
         self.tracing.send(span);
     }
 }

@@ -22,7 +22,6 @@ use crate::serve::error::{RequestStage, StageError};
 use crate::serve::handoff::SequenceCounts;
 use crate::serve::metrics::{EngineFault, Metrics};
 use crate::serve::sequence::Sequence;
-use crate::serve::timeline::ModelRun;
 use crate::telemetry::panic_text;
 
 mod prefixes;
@@ -54,12 +53,7 @@ pub(super) struct DecoderStep {
 
 /// Returns a sequence that has its slot from now on.
 fn begun(mut sequence: Sequence) -> Sequence {
-    sequence.ticket.timeline.ran(ModelRun {
-        began: Instant::now(),
-        ended: None,
-        n_images: 0,
-        span: None,
-    });
+    sequence.ticket.timeline.generation_began(Instant::now());
     sequence
 }
 

@@ -1,11 +1,10 @@
 //! Report of a call that has ended: the times in its trailers, its line in the
 //! access log, and its span.
 
-use std::io::Write as _;
+use std::io::Write;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use http::{HeaderName, HeaderValue};
 
 use crate::proto::{GrpcCode, Priority, RpcMethod};
@@ -19,21 +18,25 @@ pub(super) const TIMING: HeaderName = HeaderName::from_static("imagegpt-timing")
 /// header: milliseconds by stage.
 pub(super) fn timing(timeline: &CallTimeline) -> HeaderValue {
     let times = timeline.times(Instant::now());
-    let mut text = Vec::with_capacity(192);
+    // Room for eight times of 13 digits; a longer text would be cut.
+    let mut text = [0; 384];
+    let mut rest = &mut text[..];
     for (stage, duration) in CallStage::ALL.into_iter().zip(times.stages) {
         let Some(duration) = duration else { continue };
-        put(&mut text, stage.label(), duration);
+        put(&mut rest, stage.label(), duration);
         if stage == CallStage::Inference && times.batch > 0.0 {
-            let _ = write!(text, ";batch={}", rounded(times.batch));
+            let _ = write!(rest, ";batch={}", rounded(times.batch));
         }
-        text.extend_from_slice(b", ");
+        let _ = rest.write_all(b", ");
     }
-    put(&mut text, "total", times.total);
+    put(&mut rest, "total", times.total);
     if timeline.is_stream() {
-        let _ = write!(text, ";images={}", times.n_images);
+        let _ = write!(rest, ";images={}", times.n_images);
     }
+    let n_left = rest.len();
+    let written = &text[..text.len() - n_left];
     // The text has only letters, digits and punctuation.
-    let value = HeaderValue::from_maybe_shared(Bytes::from(text));
+    let value = HeaderValue::from_bytes(written);
     let mut value = value.unwrap_or_else(|_| HeaderValue::from_static(""));
     // HTTP/2 keeps other values in a table for the next header that is the
     // same, which this one never is.
@@ -43,9 +46,9 @@ pub(super) fn timing(timeline: &CallTimeline) -> HeaderValue {
 
 /// Writes a time in milliseconds. Numbers with a point cost a microsecond per
 /// call when they are written as such.
-fn put(text: &mut Vec<u8>, name: &str, duration: Duration) {
-    text.extend_from_slice(name.as_bytes());
+fn put(mut text: impl Write, name: &str, duration: Duration) {
     let micros = duration.as_micros();
+    let _ = text.write_all(name.as_bytes());
     let _ = write!(text, ";dur={}.{:03}", micros / 1000, micros % 1000);
 }
 

@@ -135,7 +135,7 @@ impl PreparedInfer {
         mut request: ModelInferRequest,
         origin: &CallOrigin,
     ) -> Result<Self, RequestError> {
-        let timeline = origin.timeline.request();
+        let timeline = origin.timeline.request().apart();
         let service = &*oip.0;
         let facts = service.facts()?;
         oip.check_model(&request.model_name, &request.model_version)?;
