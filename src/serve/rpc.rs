@@ -8,6 +8,7 @@ mod access;
 mod arriving;
 mod auth;
 mod authority;
+mod calling;
 mod connection;
 mod convert;
 mod deadline;
@@ -33,7 +34,7 @@ mod web;
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tonic::codec::CompressionEncoding;
@@ -42,8 +43,9 @@ use tonic::{Code, Request, Response, Status};
 use tower::Layer as _;
 
 use self::arriving::Arrived;
+use self::calling::CallOrigin;
 use self::embedding::Embedding;
-use self::observe::{AnswerBytes, Deadline};
+use self::observe::AnswerBytes;
 use self::oip::Oip;
 use self::outcome_tally::OutcomeTally;
 use crate::engine::EngineFacts;
@@ -51,8 +53,8 @@ use crate::imaging::{ImageRequest, PreprocessOptions};
 use crate::model::graph::Want;
 use crate::model::{CallTask, Model};
 use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
+use crate::proto::pb;
 use crate::proto::pb::image_gpt_service_server::{ImageGptService, ImageGptServiceServer};
-use crate::proto::{Priority, pb};
 use crate::serve::admission::{Admission, AdmissionCall, Bytes, PendingAnswers};
 use crate::serve::capacity::CapacityShare;
 use crate::serve::config::{ConnectionsConfig, LimitsConfig};
@@ -237,8 +239,6 @@ impl WorkerService {
         dtype: pb::DataType,
         extensions: &tonic::Extensions,
     ) -> Result<(Vec<Result<Answer, RequestError>>, AnswerBytes), RequestError> {
-        let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
-        let class = extensions.get().copied().unwrap_or(Priority::Interactive);
         let ask = Ask {
             work,
             n_values,
@@ -250,8 +250,7 @@ impl WorkerService {
         self.submit(
             pictures,
             &[ask],
-            class,
-            deadline,
+            CallOrigin::of(extensions),
             arrived.unwrap_or_default(),
         )?
         .outcomes()
@@ -290,11 +289,11 @@ impl WorkerService {
         &self,
         pictures: Vec<Result<ImageRequest, RequestError>>,
         asks: &[Ask],
-        class: Priority,
-        deadline: Option<Instant>,
+        origin: CallOrigin,
         arrived: CapacityShare,
     ) -> Result<Submitted, RequestError> {
         let n_outcomes = pictures.len() * asks.len();
+        let n_charged = pictures.iter().flatten().count();
         let bytes = call_bytes(&pictures, asks, arrived);
         let mut known = Vec::with_capacity(n_outcomes);
         let mut admitted = Vec::with_capacity(n_outcomes);
@@ -318,13 +317,15 @@ impl WorkerService {
                 });
             }
         }
-        let mut tally = OutcomeTally::new(self.metrics.clone(), deadline);
+        let mut tally = OutcomeTally::new(self.metrics.clone(), origin.deadline);
         tally.expect(n_outcomes);
         let call = AdmissionCall {
             images: admitted,
-            class,
+            caller: origin.caller,
+            n_charged,
+            class: origin.class,
             bytes,
-            deadline,
+            deadline: origin.deadline,
             span: tracing::Span::current(),
         };
         let pending = self.admission.submit(call).map_err(RequestError::from);

@@ -18,11 +18,13 @@ use tower::{Layer, Service};
 use tracing::Instrument as _;
 
 use super::arriving::{self, Arrived, MessageCompression, RequestFacts};
+use super::calling::CallerSlot;
 use super::leaving::{self, LeavingBody};
 use super::{deadline, status};
 use crate::excerpt::Excerpt;
 use crate::proto::codec::Growth;
 use crate::proto::{GrpcCode, Priority, RpcMethod};
+use crate::serve::caller::Caller;
 use crate::serve::capacity::{CapacityPool, CapacityShare};
 use crate::serve::error::{RequestStage, StageError};
 use crate::serve::metrics::Metrics;
@@ -37,7 +39,7 @@ const NAME_BYTES_MAX: usize = 4 << 10;
 /// used if there is one.
 const REQUEST_ID: &str = "x-request-id";
 /// Header with the name of a call's priority class.
-const PRIORITY: &str = "imagegpt-priority";
+pub(super) const PRIORITY: &str = "imagegpt-priority";
 /// Largest length of a caller's request id; a longer id is replaced, since the
 /// id is in every log line of the call.
 const REQUEST_ID_LEN_MAX: usize = 128;
@@ -61,6 +63,7 @@ impl ObserveLayer {
         mut request: Request<Body>,
         method: RpcMethod,
         class: Priority,
+        caller: &CallerSlot,
     ) -> Request<Body> {
         // The messages of a stream are counted one by one, by its handler.
         let is_stream = method.client_streams();
@@ -68,6 +71,7 @@ impl ObserveLayer {
         let arrival = RequestFacts {
             bytes: Some(self.bytes.clone()),
             class,
+            caller: caller.clone(),
             message_bytes_max: usize::try_from(self.request_bytes_max).unwrap_or(usize::MAX),
             compression: MessageCompression::take(request.headers_mut()),
             growth: Growth::of_method(method),
@@ -194,6 +198,7 @@ where
             let arrival = RequestFacts {
                 bytes: None,
                 class: Priority::Interactive,
+                caller: CallerSlot::default(),
                 message_bytes_max: NAME_BYTES_MAX,
                 compression: MessageCompression::take(request.headers_mut()),
                 growth: Growth::NONE,
@@ -211,11 +216,14 @@ where
             "call",
             method = method.name(),
             request_id = id.to_str().unwrap_or_default(),
-            trace_id
+            trace_id,
+            caller = tracing::field::Empty
         );
+        let caller = CallerSlot::default();
         let ending = CallEnding {
             metrics: self.observe.metrics.clone(),
             method,
+            caller: caller.clone(),
             started,
             code: Code::Cancelled,
         };
@@ -223,12 +231,13 @@ where
         let course = CallCourse::new(ending, self.observe.calls.enter());
         let request_bytes_max = self.observe.request_bytes_max;
         let call = class(request.headers(), method).map(|class| {
-            let mut request = self.observe.arriving(request, method, class);
+            let mut request = self.observe.arriving(request, method, class, &caller);
             if method.client_streams() || method.server_streams() {
                 request.extensions_mut().insert(course.clone());
             }
             request.extensions_mut().insert(Deadline(deadline));
             request.extensions_mut().insert(class);
+            request.extensions_mut().insert(caller);
             span.in_scope(|| self.inner.call(request))
         });
         Box::pin(
@@ -299,6 +308,7 @@ fn class(headers: &HeaderMap, method: RpcMethod) -> Result<Priority, RequestErro
 pub(super) struct CallEnding {
     metrics: Metrics,
     method: RpcMethod,
+    caller: CallerSlot,
     started: Instant,
     pub(super) code: Code,
 }
@@ -307,7 +317,8 @@ impl Drop for CallEnding {
     fn drop(&mut self) {
         let elapsed = self.started.elapsed();
         let code = GrpcCode::from(self.code);
-        self.metrics.request(self.method, code, elapsed);
+        let caller = self.caller.caller().map_or("", Caller::label);
+        self.metrics.request(self.method, code, caller, elapsed);
         match self.code {
             Code::Internal | Code::Unknown => tracing::warn!(%code, ?elapsed, "call failed"),
             _ => tracing::debug!(%code, ?elapsed, "call ended"),

@@ -16,8 +16,9 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
-use self::infer::{CallOrigin, PreparedInfer};
+use self::infer::PreparedInfer;
 use super::arriving::Arrived;
+use super::calling::CallOrigin;
 use super::observe::AnswerBytes;
 use super::{WorkerService, respond, status};
 use crate::excerpt::Excerpt;
