@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use imagegpt::engine::fake::Script;
 use imagegpt::proto::pb;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Status};
@@ -24,7 +25,7 @@ struct Named {
 
 impl Named {
     /// Starts a worker; each line is a name with its options.
-    async fn start(script: imagegpt::engine::fake::Script, lines: &[&str], flags: &[&str]) -> Self {
+    async fn start(script: Script, lines: &[&str], flags: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         write(&dir, lines);
         let path = dir.path().join("tokens").display().to_string();
@@ -50,11 +51,12 @@ impl Named {
 
 /// Writes the tokens file, in place of one that is there.
 fn write(dir: &tempfile::TempDir, lines: &[&str]) {
-    let mut text = format!("{}\n", token(""));
-    for line in lines {
+    let line = |line: &&str| {
         let (name, options) = line.split_once(' ').unwrap_or((line, ""));
-        text += &format!("{name} {} {options}\n", token(name));
-    }
+        format!("{name} {} {options}", token(name))
+    };
+    let named: Vec<String> = lines.iter().map(line).collect();
+    let text = format!("{}\n{}\n", token(""), named.join("\n"));
     let next = dir.path().join("next");
     std::fs::write(&next, text).expect("written");
     std::fs::rename(next, dir.path().join("tokens")).expect("renamed");
@@ -139,9 +141,39 @@ async fn a_caller_with_a_thousand_images_waiting_does_not_starve_another() {
 }
 
 #[tokio::test]
+async fn who_shares_work_does_not_wait_behind_the_others_images() {
+    let (open, script) = gated();
+    let flags = ["--max-batch-size", "1", "--max-queue-delay", "0s"];
+    let named = Named::start(script, &["many", "few"], &flags).await;
+    let client = named.client().await;
+    let blocking = call(&client, "", vec![flat(15)]);
+    wait_for_batches(&named.running, 1.0).await;
+    let calls: Vec<Call> = distinct(0, 20)
+        .into_iter()
+        .map(|image| call(&client, "many", vec![image]))
+        .collect();
+    wait_for_depth(&named.running, 20.0).await;
+    let shared = call(&client, "few", distinct(19, 1));
+    let coalesced = "imagegpt_images_coalesced_total";
+    until_sample(&named.running, coalesced, |n| n == 1.0).await;
+    // One run for the call that blocks, and then one for each caller.
+    for _ in 0..3 {
+        open.send(()).expect("a run");
+    }
+    blocking.await.expect("no panic").expect("an answer");
+    shared.await.expect("no panic").expect("an answer");
+    assert!(named.answered("many").await <= 2.0);
+    drop(open);
+    for call in calls {
+        call.await.expect("no panic").expect("an answer");
+    }
+    named.running.end().await;
+}
+
+#[tokio::test]
 async fn a_rate_rejects_calls_and_says_when_to_retry() {
     let flags = ["--images-per-call-max", "2", "--samples-per-call-max", "2"];
-    let named = Named::start(Default::default(), &["slow rate=2/h", "other"], &flags).await;
+    let named = Named::start(Script::default(), &["slow rate=2/h", "other"], &flags).await;
     let client = named.client().await;
     call(&client, "slow", distinct(0, 2))
         .await
@@ -172,7 +204,7 @@ async fn a_rate_rejects_calls_and_says_when_to_retry() {
 #[tokio::test]
 async fn a_streams_item_waits_for_the_rate_but_not_while_the_worker_drains() {
     let flags = ["--images-per-call-max", "2", "--samples-per-call-max", "2"];
-    let named = Named::start(Default::default(), &["slow rate=1/h"], &flags).await;
+    let named = Named::start(Script::default(), &["slow rate=1/h"], &flags).await;
     let client = named.client().await;
     let mut conversation = stream(&client, "slow").await;
     for idx in 0..3 {
@@ -299,7 +331,7 @@ async fn a_caller_above_its_share_leaves_room_for_others() {
 #[tokio::test]
 async fn a_reload_changes_callers_and_keeps_the_state_of_the_others() {
     let flags = ["--images-per-call-max", "1", "--samples-per-call-max", "1"];
-    let named = Named::start(Default::default(), &["slow rate=1/h"], &flags).await;
+    let named = Named::start(Script::default(), &["slow rate=1/h"], &flags).await;
     let client = named.client().await;
     call(&client, "slow", distinct(0, 1))
         .await

@@ -262,9 +262,8 @@ mod tests {
         check("sécret-sécret-sécret".as_bytes(), Err("only ASCII"));
         check(b"\xff", Err("not UTF-8 text"));
         let many = |n| {
-            (0..n)
-                .map(|idx| format!("{TOKEN}-{idx}\n"))
-                .collect::<String>()
+            let lines: Vec<String> = (0..n).map(|idx| format!("{TOKEN}-{idx}")).collect();
+            lines.join("\n")
         };
         check(many(LINES_MAX).as_bytes(), Ok(LINES_MAX));
         check(many(LINES_MAX + 1).as_bytes(), Err("more than 256 tokens"));

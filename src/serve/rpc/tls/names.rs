@@ -65,7 +65,7 @@ mod tests {
 
     use super::*;
 
-    fn read(params: CertificateParams) -> Vec<String> {
+    fn read(params: &CertificateParams) -> Vec<String> {
         let key = KeyPair::generate().expect("a key");
         let certificate = params.self_signed(&key).expect("a certificate");
         let names = ClientNames::of(certificate.der());
@@ -90,7 +90,7 @@ mod tests {
             "billing@example.org",
             "billing",
         ];
-        assert_eq!(read(params), expected);
+        assert_eq!(read(&params), expected);
     }
 
     #[test]
@@ -98,7 +98,7 @@ mod tests {
         let hosts = (0..100).map(|idx| format!("host-{idx}.example"));
         let long = format!("{}.example", "a".repeat(SUBJECT_LEN_MAX));
         let all = std::iter::once(long).chain(hosts).collect::<Vec<_>>();
-        let names = read(CertificateParams::new(all).expect("names"));
+        let names = read(&CertificateParams::new(all).expect("names"));
         assert_eq!(names.len(), NAMES_MAX);
         assert_eq!(names[0], "host-0.example");
         let garbage = CertificateDer::from(b"nonsense".to_vec());
