@@ -61,7 +61,7 @@ mod proto {
 }
 
 mod serve {
-    pub use crate::fair;
+    pub(crate) use crate::fair;
 
     pub mod error {
         #[derive(Debug, Clone)]
