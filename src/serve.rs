@@ -5,12 +5,14 @@
 pub(crate) mod admission;
 pub(crate) mod batcher;
 pub(crate) mod cache;
+pub(crate) mod caller;
 pub(crate) mod capacity;
 pub mod config;
 pub mod devices;
 pub(crate) mod engine_thread;
 pub mod engines;
 pub(crate) mod error;
+pub(crate) mod fair;
 pub(crate) mod generate;
 pub(crate) mod handoff;
 pub mod heads;

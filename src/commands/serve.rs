@@ -169,7 +169,7 @@ pub async fn is_ready(worker: &mut Worker) -> anyhow::Result<()> {
 /// When the model or the addresses cannot be used.
 pub async fn start(config: &ServeConfig) -> anyhow::Result<Worker> {
     // Errors in the access flags are reported before a model is compiled.
-    rpc::Access::open(&config.access)?;
+    rpc::Access::open(&config.access, &config.limits)?;
     if config.access.tokens_in_the_clear(config.network.listen) {
         tracing::warn!(
             "bearer tokens will cross the network unencrypted; give --tls-cert and --tls-key, or \

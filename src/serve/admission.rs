@@ -8,13 +8,14 @@
 //! (backpressure): it is not read on until there is room for its next item.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
 use crate::imaging::ImageRequest;
 use crate::proto::Priority;
-use crate::serve::capacity::DrainRate;
+use crate::serve::caller::Caller;
+use crate::serve::capacity::{CapacityClaim, DrainRate, NoRoom};
 use crate::serve::error::StageError;
 use crate::serve::job::{Answer, Job, Permit, Reply, RequestedWork, Ticket};
 use crate::serve::preprocess::Preprocessing;
@@ -41,6 +42,10 @@ pub(crate) struct Capacity {
 pub(crate) struct AdmissionCall {
     /// Each image with the work requested for it.
     pub images: Vec<(ImageRequest, RequestedWork)>,
+    pub caller: Caller,
+    /// Number of images that count in the caller's rate: an image of which
+    /// several outputs are asked counts once.
+    pub n_charged: usize,
     pub class: Priority,
     pub bytes: Bytes,
     pub deadline: Option<Instant>,
@@ -55,6 +60,7 @@ pub(crate) struct AdmissionCall {
 pub(crate) struct StreamItem {
     pub picture: ImageRequest,
     pub work: RequestedWork,
+    pub caller: Caller,
     pub class: Priority,
     pub bytes: Bytes,
     pub deadline: Option<Instant>,
@@ -191,20 +197,27 @@ impl Admission {
     /// # Errors
     ///
     /// Same errors as [`Admission::submit`].
-    pub(crate) fn samples(&self, class: Priority, n: usize) -> Result<CapacityShare, StageError> {
+    pub(crate) fn samples(
+        &self,
+        caller: &Caller,
+        class: Priority,
+        n: usize,
+    ) -> Result<CapacityShare, StageError> {
         let (what, flag) = ("samples", "--samples-in-flight-max");
         fits(&self.samples, class, n, what, flag)?;
         self.samples
-            .try_take(class, n)
-            .ok_or_else(|| self.full(what, flag))
+            .try_take(claim(caller, class, 0), n)
+            .map_err(|reason| self.full(reason, what, flag))
     }
 
     /// Admits a call whole, and sends every image of it on its way.
     ///
     /// # Errors
     ///
-    /// [`StageError::Full`] if there is no room for the whole call now,
-    /// [`StageError::NeverFits`] if there never is.
+    /// [`StageError::Full`] or [`StageError::OverShare`] if there is no room for
+    /// the whole call now, [`StageError::NeverFits`] if there never is, and
+    /// [`StageError::CallerLimit`] or [`StageError::CallerNeverFits`] for a
+    /// limit of the caller's own.
     pub(crate) fn submit(&self, call: AdmissionCall) -> Result<PendingAnswers, StageError> {
         self.submit_with(call, 0).map(|(pending, _)| pending)
     }
@@ -229,15 +242,21 @@ impl Admission {
         ] {
             fits(pool, call.class, n, what, flag)?;
         }
+        let retry_after = |n_held| self.drain.retry_after(n_held, jitter());
+        let mut of_caller = call.caller.try_hold(n_images, retry_after)?;
+        let claim_of = |own| claim(&call.caller, call.class, own);
         let mut images = self
             .images
-            .try_take(call.class, n_images)
-            .ok_or_else(|| self.full("images", "--images-in-flight-max"))?;
+            .try_take(claim_of(0), n_images)
+            .map_err(|reason| self.full(reason, "images", "--images-in-flight-max"))?;
         let missing = call.bytes.missing() + spare;
         let mut bytes = self
             .bytes
-            .try_take(call.class, missing)
-            .ok_or_else(|| self.full("bytes", "--bytes-in-flight-max"))?;
+            .try_take(claim_of(call.bytes.arrived.size()), missing)
+            .map_err(|reason| self.full(reason, "bytes", "--bytes-in-flight-max"))?;
+        // The rate comes last: a call that is rejected for lack of room is not
+        // charged.
+        call.caller.charge(call.n_charged)?;
         let spare = bytes.split(spare);
         let answer = Arc::new(bytes.split(call.bytes.answer));
         bytes.merge(call.bytes.arrived);
@@ -248,6 +267,7 @@ impl Admission {
             let (reply, outcome) = Reply::new();
             outcomes.push(outcome);
             let ticket = Ticket {
+                caller: call.caller.id(),
                 class: call.class,
                 deadline: call.deadline,
                 entered_at: now,
@@ -257,6 +277,7 @@ impl Admission {
                 permit: Permit {
                     // One place was taken for each picture.
                     image: images.split_one().unwrap_or_default(),
+                    of_caller: of_caller.split_one().unwrap_or_default(),
                     bytes: Arc::clone(&request),
                 },
             };
@@ -274,7 +295,8 @@ impl Admission {
         Ok((pending, spare))
     }
 
-    /// Sends an item of a stream on its way, once there is room for it.
+    /// Sends an item of a stream on its way, once there is room for it, also
+    /// within the caller's own limit on images in flight.
     ///
     /// # Errors
     ///
@@ -299,14 +321,20 @@ impl Admission {
         let mut bytes = item_bytes.arrived;
         if n_arrived < item_bytes.request + item_bytes.answer {
             let missing = item_bytes.request + item_bytes.answer - n_arrived;
-            bytes.merge(self.bytes.take(item.class, missing).await);
+            let claim = claim(&item.caller, item.class, n_arrived);
+            bytes.merge(self.bytes.take(claim, missing).await);
         }
         let answer = Arc::new(bytes.split(item_bytes.answer));
         let request = Arc::new(bytes);
-        let image = self.images.take(item.class, 1).await;
+        // The caller's own limit comes before the worker's, so that an item
+        // that waits for its own caller's images holds no place of others.
+        let of_caller = item.caller.hold().await;
+        let claim = claim(&item.caller, item.class, 0);
+        let image = self.images.take(claim, 1).await;
         let (reply, outcome) = Reply::new();
         let now = Instant::now();
         let ticket = Ticket {
+            caller: item.caller.id(),
             class: item.class,
             deadline: item.deadline,
             entered_at: now,
@@ -315,6 +343,7 @@ impl Admission {
             reply,
             permit: Permit {
                 image,
+                of_caller,
                 bytes: request,
             },
         };
@@ -331,12 +360,38 @@ impl Admission {
     }
 
     /// Returns the rejection of a call that may fit later.
-    fn full(&self, what: &'static str, flag: &'static str) -> StageError {
-        StageError::Full {
+    fn full(&self, reason: NoRoom, what: &'static str, flag: &'static str) -> StageError {
+        let retry_after = self.drain.retry_after(self.images.taken(), jitter());
+        no_room(reason, what, flag, retry_after)
+    }
+}
+
+/// Makes the error of a call for which a pool has no room now.
+pub(crate) fn no_room(
+    reason: NoRoom,
+    what: &'static str,
+    flag: &'static str,
+    retry_after: Duration,
+) -> StageError {
+    match reason {
+        NoRoom::Full => StageError::Full {
             what,
             flag,
-            retry_after: self.drain.retry_after(self.images.taken(), jitter()),
-        }
+            retry_after,
+        },
+        NoRoom::OverShare => StageError::OverShare {
+            what,
+            flag,
+            retry_after,
+        },
+    }
+}
+
+fn claim(caller: &Caller, class: Priority, own: usize) -> CapacityClaim {
+    CapacityClaim {
+        caller: caller.id(),
+        class,
+        own,
     }
 }
 

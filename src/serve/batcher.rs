@@ -37,6 +37,7 @@ use crate::serve::cache::{AnswerCache, AnswerKey};
 use crate::serve::capacity::DrainRate;
 use crate::serve::devices::DeviceIdx;
 use crate::serve::error::{RequestStage, StageError};
+use crate::serve::fair::CallerId;
 use crate::serve::handoff::{Batch, BatchUnit, EngineNotice, EngineSlot, EngineTurn};
 use crate::serve::job::{Answer, CoalescedWaiters, Job, RequestedWork};
 use crate::serve::metrics::Metrics;
@@ -463,12 +464,12 @@ impl State {
             return ticket.finish(Err(error));
         }
         let key = AnswerKey::new(want, job.payload);
-        let (class, deadline) = (ticket.class, ticket.deadline);
+        let (class, caller, deadline) = (ticket.class, ticket.caller, ticket.deadline);
         if let Some(known) = self.known.get_mut(&key) {
             match known.waiters.join(ticket) {
                 Ok(()) => {
                     metrics.coalesced();
-                    self.urge(&key, class, deadline);
+                    self.urge(&key, class, caller, deadline);
                     return;
                 }
                 // Answered this very moment: the work runs once more.
@@ -476,14 +477,16 @@ impl State {
             }
         }
         let graph = Graph::of(want);
+        let scheduler = &self.scheduler;
         let needed =
-            deadline.and_then(|deadline| self.scheduler.too_late(class, graph, deadline, now));
+            deadline.and_then(|deadline| scheduler.too_late(class, graph, caller, deadline, now));
         if let Some(needed) = needed {
             let error = StageError::DeadlineTooShort { needed };
             metrics.dead(&error);
             return ticket.finish(Err(error));
         }
         let entry = QueuedWork {
+            caller,
             arrived: ticket.entered_at,
             deadline,
             item: Waiting {
@@ -498,7 +501,18 @@ impl State {
 
     /// Moves work up in the queue after a more urgent job has joined it, to the
     /// place where that job would stand.
-    fn urge(&mut self, key: &AnswerKey, class: Priority, deadline: Option<Instant>) {
+    ///
+    /// Work for which several callers wait runs in the turn of one of them: of
+    /// the first one, unless a caller joins who has less work waiting and whose
+    /// turn therefore comes sooner. Sharing a run with a caller that has a
+    /// thousand images waiting must not mean waiting behind them.
+    fn urge(
+        &mut self,
+        key: &AnswerKey,
+        class: Priority,
+        caller: CallerId,
+        deadline: Option<Instant>,
+    ) {
         let Some(known) = self.known.get_mut(key) else {
             return;
         };
@@ -513,14 +527,20 @@ impl State {
                 return;
             }
         };
-        let Some(entry) = self.scheduler.queue.get(&place) else {
+        let queue = &self.scheduler.queue;
+        let Some(entry) = queue.get(&place) else {
             return;
         };
         let class = class.min(place.class);
+        let n_waiting = |caller| queue.len_of_caller(class, caller);
+        let caller = if n_waiting(caller) < n_waiting(entry.caller) {
+            caller
+        } else {
+            entry.caller
+        };
         let deadline = earlier(entry.deadline, deadline);
-        if (class != place.class || deadline != entry.deadline)
-            && let Some(moved) = self.scheduler.promote(&place, class, deadline)
-        {
+        let is_moved = class != place.class || caller != entry.caller || deadline != entry.deadline;
+        if is_moved && let Some(moved) = self.scheduler.promote(&place, class, caller, deadline) {
             known.at = At::Queue(moved);
         }
     }
@@ -560,6 +580,7 @@ impl State {
                     key: key.clone(),
                     waiters,
                 },
+                caller: entry.caller,
                 arrived: entry.arrived,
                 deadline: left.deadline,
             };
@@ -717,8 +738,10 @@ impl State {
         } else if entry.deadline != left.deadline {
             // The most urgent caller has left; the work takes the deadline of
             // the others, but keeps its class.
-            let key = entry.item.key.clone();
-            let moved = self.scheduler.promote(place, place.class, left.deadline);
+            let (key, caller) = (entry.item.key.clone(), entry.caller);
+            let moved = self
+                .scheduler
+                .promote(place, place.class, caller, left.deadline);
             if let (Some(known), Some(moved)) = (self.known.get_mut(&key), moved) {
                 known.at = At::Queue(moved);
             }

@@ -1,41 +1,145 @@
 //! Pool of one measure of the worker's capacity, with a part that bulk work
-//! cannot take.
+//! cannot take, and a rule by which no caller takes what others need.
 //!
-//! A pool has two semaphores, because of how a fair semaphore treats those who
-//! wait: a place that becomes free goes to the first in line, so a bulk stream
-//! that always waits would take every place, and calls that do not wait would
-//! find none. Bulk work waits at the shared part alone; the reserved part stays
-//! for interactive calls.
+//! Bulk work and all that waits take from the shared part alone; the reserved
+//! part stays for interactive calls. What becomes free goes to those that wait,
+//! before calls that do not wait: otherwise work that waits would never get its
+//! place. Callers that wait take turns and get the same (`fair.rs`); those of
+//! one caller go in the order of their arrival.
+//!
+//! A caller that holds more than its share of the pool (the pool divided by the
+//! callers that hold a part or have lately asked for one) leaves the last
+//! eighth of the pool to others. So a caller alone may take nearly all, and
+//! another one that comes finds room at once. From there on the other takes
+//! whatever becomes free below the eighth, until both hold their share. Calls
+//! without a name count as one caller, for which the rule holds only beside
+//! named ones.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+mod drain;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
 
 use crate::proto::Priority;
+use crate::serve::fair::{CallerId, FairOrder, FairTurn};
 
-/// Retry delay for a rejected caller before any batch was measured.
-const RETRY_UNMEASURED: Duration = Duration::from_secs(1);
-/// Bounds of the retry delay: shorter, a retry is a busy loop; longer, the
-/// delay is a guess.
-const RETRY_MIN: Duration = Duration::from_millis(10);
-const RETRY_MAX: Duration = Duration::from_secs(30);
+pub(crate) use self::drain::DrainRate;
+
+/// Part of a pool that a caller above its share leaves to others, as a divisor:
+/// large enough that another caller begins at once (128 of 1,024 images), and
+/// small enough to cost a caller that is alone little.
+const LEFT_PART: usize = 8;
+/// Time for which a caller that holds nothing counts among the callers: one
+/// that was rejected comes back within this time.
+const LATELY: Duration = drain::RETRY_MAX;
+/// Interval at which callers that no longer count are forgotten.
+const FORGET_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Pool of capacity, in images, bytes or samples. Cheap to clone.
 #[derive(Debug, Clone)]
-pub(crate) struct CapacityPool {
-    shared: Arc<Semaphore>,
-    reserved: Arc<Semaphore>,
-    size: usize,
-    shared_size: usize,
-}
+pub(crate) struct CapacityPool(Arc<Pool>);
 
 /// Part of a pool, returned to the pool when this value is dropped.
 #[derive(Debug, Default)]
 pub(crate) struct CapacityShare {
-    shared: Option<OwnedSemaphorePermit>,
-    reserved: Option<OwnedSemaphorePermit>,
+    of: Option<(CapacityPool, CallerId)>,
+    parts: Parts,
+}
+
+/// Caller that asks for a part of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CapacityClaim {
+    pub caller: CallerId,
+    pub class: Priority,
+    /// Part that the same call holds already. A call whose caller holds nothing
+    /// else may take whatever is free, so that no call is impossible.
+    pub own: usize,
+}
+
+/// Claim of a caller without a name.
+impl From<Priority> for CapacityClaim {
+    fn from(class: Priority) -> Self {
+        Self {
+            caller: CallerId::UNNAMED,
+            class,
+            own: 0,
+        }
+    }
+}
+
+/// Reason for which a pool gives nothing now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NoRoom {
+    /// Too little is free.
+    Full,
+    /// The free part is left to callers that hold less.
+    OverShare,
+}
+
+#[derive(Debug)]
+struct Pool {
+    size: usize,
+    shared_size: usize,
+    state: Mutex<State>,
+}
+
+/// Sizes of the shared and the reserved part of something.
+#[derive(Debug, Clone, Copy, Default)]
+struct Parts {
+    shared: usize,
+    reserved: usize,
+}
+
+impl Parts {
+    fn all(self) -> usize {
+        self.shared + self.reserved
+    }
+}
+
+#[derive(Debug)]
+struct State {
+    free: Parts,
+    /// Callers that hold a part, or have lately asked for one.
+    holdings: BTreeMap<CallerId, Holding>,
+    forget_at: Instant,
+    /// Claims that wait, by the number of their arrival.
+    waiters: BTreeMap<u64, Waiter>,
+    order: FairOrder<(), u64>,
+    n_arrived: u64,
+}
+
+#[derive(Debug)]
+struct Holding {
+    n: usize,
+    asked_at: Instant,
+}
+
+#[derive(Debug)]
+struct Waiter {
+    claim: CapacityClaim,
+    n: usize,
+    granted: oneshot::Sender<CapacityShare>,
+}
+
+/// Place in the line of a pool, which is left when this value is dropped.
+struct Waiting<'a> {
+    pool: &'a CapacityPool,
+    number: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut state = self.pool.lock();
+        let Some(waiter) = state.waiters.remove(&self.number) else {
+            return;
+        };
+        state.order.remove((), waiter.claim.caller, self.number);
+        // Others may have waited behind it.
+        self.pool.grant(state);
+    }
 }
 
 impl CapacityPool {
@@ -47,251 +151,283 @@ impl CapacityPool {
         // number.
         let reserved = size / 100 * usize::from(reserve_percent)
             + size % 100 * usize::from(reserve_percent) / 100;
-        Self {
-            shared: Arc::new(Semaphore::new(size - reserved)),
-            reserved: Arc::new(Semaphore::new(reserved)),
+        let shared = size - reserved;
+        Self(Arc::new(Pool {
             size,
-            shared_size: size - reserved,
-        }
+            shared_size: shared,
+            state: Mutex::new(State {
+                free: Parts { shared, reserved },
+                holdings: BTreeMap::new(),
+                forget_at: Instant::now() + FORGET_INTERVAL,
+                waiters: BTreeMap::new(),
+                order: FairOrder::default(),
+                n_arrived: 0,
+            }),
+        }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing below can panic halfway through a change.
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Size of the whole pool.
     #[must_use]
     pub(crate) fn size(&self) -> usize {
-        self.size
+        self.0.size
     }
 
     /// Size of the part that is taken.
     #[must_use]
     pub(crate) fn taken(&self) -> usize {
-        let free = self.shared.available_permits() + self.reserved.available_permits();
-        self.size.saturating_sub(free)
+        self.0.size - self.lock().free.all()
     }
 
     /// Largest part that a call of this class can ever have.
     #[must_use]
     pub(crate) fn size_for(&self, class: Priority) -> usize {
         match class {
-            Priority::Interactive => self.size,
-            Priority::Bulk => self.shared_size,
+            Priority::Interactive => self.0.size,
+            Priority::Bulk => self.0.shared_size,
         }
     }
 
     /// Takes `n` at once, or nothing.
-    #[must_use]
-    pub(crate) fn try_take(&self, class: Priority, n: usize) -> Option<CapacityShare> {
-        let mut share = CapacityShare::default();
-        let mut rest = n;
-        if class == Priority::Interactive {
-            // The reserve is taken first, so that the shared part is left to
-            // bulk work. Another call may be faster between looking and taking;
-            // then the shared part has to suffice.
-            let n_reserved = self.reserved.available_permits().min(n);
-            share.reserved = acquire(&self.reserved, n_reserved);
-            if share.reserved.is_some() {
-                rest -= n_reserved;
-            }
+    pub(crate) fn try_take(
+        &self,
+        claim: impl Into<CapacityClaim>,
+        n: usize,
+    ) -> Result<CapacityShare, NoRoom> {
+        let claim = claim.into();
+        let mut state = self.lock();
+        state.asks(claim.caller, Instant::now());
+        let parts = state.try_take(&self.0, claim, n)?;
+        drop(state);
+        Ok(self.share(claim, parts))
+    }
+
+    fn share(&self, claim: CapacityClaim, parts: Parts) -> CapacityShare {
+        CapacityShare {
+            of: Some((self.clone(), claim.caller)),
+            parts,
         }
-        if rest > 0 {
-            share.shared = Some(acquire(&self.shared, rest)?);
-        }
-        Some(share)
     }
 
     /// Takes `n` once they are free. Pends for ever if `n` is more than bulk
     /// work can have.
-    pub(crate) async fn take(&self, class: Priority, n: usize) -> CapacityShare {
-        if let Some(share) = self.try_take(class, n) {
-            return share;
-        }
-        let n = u32::try_from(n).unwrap_or(u32::MAX);
-        let shared = Arc::clone(&self.shared).acquire_many_owned(n).await;
-        CapacityShare {
-            // The semaphores are never closed.
-            shared: shared.ok(),
-            reserved: None,
-        }
-    }
-}
-
-/// Rate in images per second at which the engines answer while they are busy,
-/// as the batcher last measured it.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct DrainRate(Arc<AtomicU64>);
-
-impl DrainRate {
-    /// Replaces the rate.
-    pub(crate) fn set(&self, images_per_second: f64) {
-        self.0.store(images_per_second.to_bits(), Ordering::Relaxed);
-    }
-
-    /// Returns the rate, once one was measured.
-    #[must_use]
-    pub(crate) fn get(&self) -> Option<f64> {
-        let rate = f64::from_bits(self.0.load(Ordering::Relaxed));
-        (rate > 0.0).then_some(rate)
-    }
-
-    /// Retry delay for a rejected caller: the time in which half to all of the
-    /// images in the worker will have been answered.
-    pub(super) fn retry_after(&self, n_images: usize, jitter: f64) -> Duration {
-        let Some(rate) = self.get() else {
-            return RETRY_UNMEASURED;
+    pub(crate) async fn take(&self, claim: impl Into<CapacityClaim>, n: usize) -> CapacityShare {
+        let claim = claim.into();
+        let (granted, share) = oneshot::channel();
+        let number = {
+            let mut state = self.lock();
+            state.asks(claim.caller, Instant::now());
+            if let Ok(parts) = state.try_take(&self.0, claim, n) {
+                drop(state);
+                return self.share(claim, parts);
+            }
+            let number = state.n_arrived;
+            state.n_arrived += 1;
+            state.order.insert((), claim.caller, number);
+            let waiter = Waiter { claim, n, granted };
+            state.waiters.insert(number, waiter);
+            self.grant(state);
+            number
         };
-        #[expect(clippy::cast_precision_loss, reason = "images are at most a million")]
-        let seconds = n_images as f64 / rate * (0.5 + 0.5 * jitter);
-        Duration::try_from_secs_f64(seconds)
-            .unwrap_or(RETRY_MAX)
-            .clamp(RETRY_MIN, RETRY_MAX)
+        let _waiting = Waiting { pool: self, number };
+        // The sender stays in the line until it is used.
+        share.await.unwrap_or_default()
+    }
+
+    /// Gives what is free to those that wait, in their turns.
+    fn grant<'a>(&'a self, mut state: MutexGuard<'a, State>) {
+        loop {
+            let granted = state.grants(&self.0);
+            drop(state);
+            if granted.is_empty() {
+                return;
+            }
+            // Sent without the lock. A share that nobody waits for any more
+            // comes back here, and is given to the next.
+            let mut returned = Vec::new();
+            for (waiter, parts) in granted {
+                let share = self.share(waiter.claim, parts);
+                if let Err(mut refused) = waiter.granted.send(share) {
+                    refused.of = None;
+                    returned.push((waiter.claim.caller, parts));
+                }
+            }
+            if returned.is_empty() {
+                return;
+            }
+            state = self.lock();
+            for (caller, parts) in returned {
+                state.put_back(caller, parts);
+            }
+        }
     }
 }
 
-fn acquire(semaphore: &Arc<Semaphore>, n: usize) -> Option<OwnedSemaphorePermit> {
-    let n = u32::try_from(n).ok()?;
-    Arc::clone(semaphore).try_acquire_many_owned(n).ok()
+impl State {
+    /// Notes that a caller asks, and forgets those that have not asked lately.
+    fn asks(&mut self, caller: CallerId, now: Instant) {
+        let holding = self.holdings.entry(caller).or_insert(Holding {
+            n: 0,
+            asked_at: now,
+        });
+        holding.asked_at = now;
+        if self.forget_at <= now {
+            self.forget_at = now + FORGET_INTERVAL;
+            self.holdings
+                .retain(|_, holding| holding.n > 0 || holding.asked_at + LATELY > now);
+        }
+    }
+
+    /// True if the caller has more than its share with `n` more, and what it
+    /// would leave is less than the part for others.
+    fn is_over_share(&self, pool: &Pool, claim: CapacityClaim, n: usize) -> bool {
+        let n_callers = match claim.caller {
+            CallerId::UNNAMED => self.holdings.len(),
+            // Another caller may come at any time.
+            _ => self.holdings.len().max(2),
+        };
+        let (size, free) = match claim.class {
+            Priority::Interactive => (pool.size, self.free.all()),
+            Priority::Bulk => (pool.shared_size, self.free.shared),
+        };
+        let held = self.holdings.get(&claim.caller);
+        let others = held
+            .map_or(0, |holding| holding.n)
+            .saturating_sub(claim.own);
+        n_callers > 1
+            && others > 0
+            && others + claim.own + n > size / n_callers
+            && free.saturating_sub(n) < size.div_ceil(LEFT_PART)
+    }
+
+    /// Returns the first turn of those that wait and are not over their share.
+    fn next_waiter(&self, pool: &Pool) -> Option<(FairTurn<u64>, &Waiter)> {
+        self.order.turns(()).find_map(|turn| {
+            let waiter = self.waiters.get(&turn.rank)?;
+            // What waits has nothing of the reserved part, whatever its class.
+            let claim = CapacityClaim {
+                class: Priority::Bulk,
+                ..waiter.claim
+            };
+            (!self.is_over_share(pool, claim, waiter.n)).then_some((turn, waiter))
+        })
+    }
+
+    fn try_take(&mut self, pool: &Pool, claim: CapacityClaim, n: usize) -> Result<Parts, NoRoom> {
+        if n == 0 {
+            return Ok(Parts::default());
+        }
+        // The reserve is taken first, so that the shared part is left to bulk
+        // work.
+        let reserved = match claim.class {
+            Priority::Interactive => self.free.reserved.min(n),
+            Priority::Bulk => 0,
+        };
+        let shared = n - reserved;
+        // The shared part is for those that wait, if any can have it.
+        if shared > self.free.shared || shared > 0 && self.next_waiter(pool).is_some() {
+            return Err(NoRoom::Full);
+        }
+        if self.is_over_share(pool, claim, n) {
+            return Err(NoRoom::OverShare);
+        }
+        let parts = Parts { shared, reserved };
+        self.give(claim.caller, parts);
+        Ok(parts)
+    }
+
+    fn give(&mut self, caller: CallerId, parts: Parts) {
+        self.free.shared -= parts.shared;
+        self.free.reserved -= parts.reserved;
+        if let Some(holding) = self.holdings.get_mut(&caller) {
+            holding.n += parts.all();
+        } else {
+            let asked_at = Instant::now();
+            let n = parts.all();
+            self.holdings.insert(caller, Holding { n, asked_at });
+        }
+    }
+
+    fn put_back(&mut self, caller: CallerId, parts: Parts) {
+        self.free.shared += parts.shared;
+        self.free.reserved += parts.reserved;
+        if let Some(holding) = self.holdings.get_mut(&caller) {
+            holding.n = holding.n.saturating_sub(parts.all());
+        }
+    }
+
+    /// Takes those out of the line that get their part now.
+    fn grants(&mut self, pool: &Pool) -> Vec<(Waiter, Parts)> {
+        let mut granted = Vec::new();
+        while let Some((turn, waiter)) = self.next_waiter(pool)
+            && waiter.n <= self.free.shared
+            && let Some(waiter) = self.waiters.remove(&turn.rank)
+        {
+            self.order.serve((), &turn, waiter.n.max(1) as u64);
+            let parts = Parts {
+                shared: waiter.n,
+                reserved: 0,
+            };
+            self.give(waiter.claim.caller, parts);
+            granted.push((waiter, parts));
+        }
+        granted
+    }
 }
 
 impl CapacityShare {
     /// Splits off one unit as a share of its own, if one is left.
     #[must_use]
     pub(crate) fn split_one(&mut self) -> Option<Self> {
-        let mut one = Self::default();
-        if let Some(permit) = &mut self.shared {
-            one.shared = permit.split(1);
-        }
-        if one.shared.is_none() {
-            let permit = self.reserved.as_mut()?;
-            one.reserved = Some(permit.split(1)?);
-        }
-        Some(one)
+        (self.size() > 0).then(|| self.split(1))
     }
 
     /// Size of the share.
     #[must_use]
     pub(crate) fn size(&self) -> usize {
-        let permits = OwnedSemaphorePermit::num_permits;
-        self.shared.as_ref().map_or(0, permits) + self.reserved.as_ref().map_or(0, permits)
+        self.parts.all()
     }
 
     /// Splits off `n` units as a share of their own, or as many as there are.
     #[must_use]
     pub(crate) fn split(&mut self, n: usize) -> Self {
-        let shared = split(self.shared.as_mut(), n);
-        let n_shared = shared.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-        let reserved = split(self.reserved.as_mut(), n - n_shared);
-        Self { shared, reserved }
+        let shared = n.min(self.parts.shared);
+        let reserved = (n - shared).min(self.parts.reserved);
+        self.parts.shared -= shared;
+        self.parts.reserved -= reserved;
+        Self {
+            of: self.of.clone(),
+            parts: Parts { shared, reserved },
+        }
     }
 
-    /// Adds another share of the same pool to this one.
-    pub(crate) fn merge(&mut self, other: Self) {
-        merge(&mut self.shared, other.shared);
-        merge(&mut self.reserved, other.reserved);
+    /// Adds another share of the same pool and caller to this one.
+    pub(crate) fn merge(&mut self, mut other: Self) {
+        if self.of.is_none() {
+            self.of = other.of.take();
+        }
+        let parts = std::mem::take(&mut other.parts);
+        self.parts.shared += parts.shared;
+        self.parts.reserved += parts.reserved;
     }
 }
 
-fn split(permit: Option<&mut OwnedSemaphorePermit>, n: usize) -> Option<OwnedSemaphorePermit> {
-    let permit = permit?;
-    permit.split(n.min(permit.num_permits()))
-}
-
-fn merge(one: &mut Option<OwnedSemaphorePermit>, other: Option<OwnedSemaphorePermit>) {
-    match (one.as_mut(), other) {
-        (Some(one), Some(other)) => one.merge(other),
-        (None, other) => *one = other,
-        (Some(_), None) => {}
+impl Drop for CapacityShare {
+    fn drop(&mut self) {
+        let parts = self.parts;
+        if let Some((pool, caller)) = self.of.take()
+            && parts.all() > 0
+        {
+            let mut state = pool.lock();
+            state.put_back(caller, parts);
+            pool.grant(state);
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use Priority::{Bulk, Interactive};
-
-    use super::*;
-
-    #[test]
-    fn retry_times_follow_the_measured_rate() {
-        let drain = DrainRate::default();
-        assert_eq!(drain.retry_after(100, 0.5), RETRY_UNMEASURED);
-        drain.set(50.0);
-        assert_eq!(drain.retry_after(100, 0.0), Duration::from_secs(1));
-        assert_eq!(drain.retry_after(100, 1.0), Duration::from_secs(2));
-        assert_eq!(drain.retry_after(0, 1.0), RETRY_MIN);
-        assert_eq!(drain.retry_after(1_000_000, 1.0), RETRY_MAX);
-    }
-
-    #[test]
-    fn bulk_cannot_take_the_reserve() {
-        let pool = CapacityPool::new(10, 25);
-        let bulk = pool.try_take(Bulk, 8).expect("8 are shared");
-        assert!(pool.try_take(Bulk, 1).is_none());
-        let interactive = pool.try_take(Interactive, 2).expect("2 are reserved");
-        assert!(pool.try_take(Interactive, 1).is_none());
-        assert_eq!(pool.taken(), 10);
-        drop(interactive);
-        drop(bulk);
-        assert_eq!(pool.taken(), 0);
-    }
-
-    #[test]
-    fn interactive_calls_use_both_parts() {
-        let pool = CapacityPool::new(10, 25);
-        let all = pool.try_take(Interactive, 10).expect("all");
-        assert!(pool.try_take(Interactive, 1).is_none());
-        drop(all);
-        assert!(pool.try_take(Interactive, 11).is_none());
-        assert_eq!(pool.taken(), 0, "a refusal keeps nothing");
-        assert!(pool.try_take(Bulk, 0).is_some());
-    }
-
-    #[test]
-    fn a_share_splits_into_ones() {
-        let pool = CapacityPool::new(10, 50);
-        let mut share = pool.try_take(Interactive, 7).expect("7");
-        let ones: Vec<CapacityShare> = std::iter::from_fn(|| share.split_one()).collect();
-        assert_eq!(ones.len(), 7);
-        drop(share);
-        assert_eq!(pool.taken(), 7);
-        let mut one = CapacityShare::default();
-        for other in ones {
-            one.merge(other);
-        }
-        drop(one);
-        assert_eq!(pool.taken(), 0);
-    }
-
-    #[test]
-    fn a_part_of_a_share_is_given_back_alone() {
-        let pool = CapacityPool::new(10, 50);
-        let mut share = pool.try_take(Interactive, 7).expect("7");
-        drop(share.split(4));
-        assert_eq!(pool.taken(), 3);
-        drop(share.split(9));
-        assert_eq!(pool.taken(), 0);
-        drop(share);
-        assert_eq!(pool.taken(), 0);
-    }
-
-    #[tokio::test]
-    async fn bulk_that_waits_keeps_no_interactive_call_out() {
-        let pool = CapacityPool::new(4, 25);
-        let held = pool.try_take(Bulk, 3).expect("3 are shared");
-        let waiting = {
-            let pool = pool.clone();
-            tokio::spawn(async move { pool.take(Bulk, 1).await })
-        };
-        tokio::task::yield_now().await;
-        for _ in 0..100 {
-            assert!(pool.try_take(Interactive, 1).is_some());
-        }
-        drop(held);
-        drop(waiting.await.expect("no panic"));
-        assert_eq!(pool.taken(), 0);
-    }
-
-    #[test]
-    fn large_pools_do_not_overflow() {
-        let size = 1 << 60;
-        let pool = CapacityPool::new(size, 25);
-        assert_eq!(pool.size_for(Bulk), size - size / 4);
-    }
-}
+mod tests;

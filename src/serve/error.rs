@@ -29,6 +29,39 @@ pub enum StageError {
         /// done now.
         retry_after: Duration,
     },
+    /// The caller holds more than its share, and the room that is free is left to
+    /// others.
+    #[error(
+        "the worker is nearly full, and the caller holds more than its share: the last {what} of \
+         {flag} are for other callers; retry after {}",
+        humantime::format_duration(whole_ms(*retry_after))
+    )]
+    OverShare {
+        what: &'static str,
+        flag: &'static str,
+        retry_after: Duration,
+    },
+    /// The call is over a limit of its caller, which the tokens file sets.
+    #[error(
+        "the caller {caller:?} is over its limit {limit} (--auth-tokens-file); retry after {}",
+        humantime::format_duration(whole_ms(*retry_after))
+    )]
+    CallerLimit {
+        caller: Box<str>,
+        /// The limit as in the tokens file.
+        limit: String,
+        retry_after: Duration,
+    },
+    /// The call has more images than its caller may ever have in flight.
+    #[error(
+        "images: the call needs {given} images; the limit of the caller {caller:?} is {max} \
+         (in-flight in --auth-tokens-file); send less per call"
+    )]
+    CallerNeverFits {
+        caller: Box<str>,
+        given: u64,
+        max: u64,
+    },
     /// The call needs more than its class can ever have.
     #[error(
         "images: the call needs {given} {what}; the limit for its class is {max} ({flag}, less \
@@ -77,6 +110,9 @@ impl StageError {
             | Self::Cancelled { .. }
             | Self::NotReady
             | Self::Full { .. }
+            | Self::OverShare { .. }
+            | Self::CallerLimit { .. }
+            | Self::CallerNeverFits { .. }
             | Self::NeverFits { .. } => true,
             Self::Image(_) | Self::Engine(_) | Self::Lost => false,
         }

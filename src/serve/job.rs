@@ -17,6 +17,7 @@ use crate::model::graph::{Context, Want};
 use crate::proto::Priority;
 use crate::serve::capacity::CapacityShare;
 use crate::serve::error::{RequestStage, StageError};
+use crate::serve::fair::CallerId;
 use crate::serve::generate::GenerateRequest;
 use crate::serve::timeline::{ImageTimeline, ModelRun};
 
@@ -77,6 +78,8 @@ impl Answer {
 /// Part of a job that stays with it from admission to reply.
 #[derive(Debug)]
 pub(crate) struct Ticket {
+    /// Caller among whose work the job waits for its turn.
+    pub caller: CallerId,
     pub class: Priority,
     /// Deadline after which the answer is useless.
     pub deadline: Option<Instant>,
@@ -131,6 +134,9 @@ impl Ticket {
 pub(crate) struct Permit {
     /// One image of `--images-in-flight-max`.
     pub image: CapacityShare,
+    /// One image of the caller's own limit on images in flight; empty if the
+    /// caller has none.
+    pub of_caller: CapacityShare,
     /// The call's bytes of `--bytes-in-flight-max`, shared by all its images
     /// and held until the last of them ends.
     pub bytes: Arc<CapacityShare>,
@@ -142,6 +148,7 @@ impl Permit {
     pub(crate) fn none() -> Self {
         Self {
             image: CapacityShare::default(),
+            of_caller: CapacityShare::default(),
             bytes: Arc::new(CapacityShare::default()),
         }
     }

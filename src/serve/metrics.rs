@@ -2,8 +2,9 @@
 //!
 //! The stages get handles, which are made once, by one expression per metric,
 //! so that a hot path never looks up a name. Every series exists from the
-//! start, at zero, except those labeled with the model or a device. No label
-//! value comes from a request, so the cardinality is fixed.
+//! start, at zero, except those labeled with the model, a device or a caller. No
+//! label value comes from a request (names of callers are those of the tokens
+//! file), so the cardinality is bounded.
 
 pub(crate) mod access;
 pub(crate) mod generation;
@@ -155,13 +156,17 @@ impl Metrics {
         self.0.prometheus.run_upkeep();
     }
 
-    /// Counts a call that was answered.
-    pub fn request(&self, method: RpcMethod, code: GrpcCode, elapsed: Duration) {
-        self.handles()
-            .request
-            .requests
-            .of((method, code))
-            .increment(1);
+    /// Counts a call that was answered, and whose caller has this label; empty
+    /// for a caller without one.
+    pub fn request(&self, method: RpcMethod, code: GrpcCode, caller: &str, elapsed: Duration) {
+        let handles = &self.handles().request;
+        if caller.is_empty() {
+            handles.requests.of((method, code)).increment(1);
+        } else {
+            let values = [method.name(), labels::counted(code).name(), caller];
+            let counter = &handles.requests_of_callers;
+            counter.counter(&self.0.recorder, &values).increment(1);
+        }
         self.handles()
             .request
             .request_duration

@@ -8,6 +8,7 @@ mod access;
 mod arriving;
 mod auth;
 mod authority;
+mod calling;
 mod connection;
 mod convert;
 mod deadline;
@@ -34,7 +35,7 @@ mod web;
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tonic::codec::CompressionEncoding;
@@ -43,8 +44,9 @@ use tonic::{Code, Request, Response, Status};
 use tower::Layer as _;
 
 use self::arriving::Arrived;
+use self::calling::CallOrigin;
 use self::embedding::Embedding;
-use self::observe::{AnswerBytes, Deadline};
+use self::observe::AnswerBytes;
 use self::oip::Oip;
 use self::outcome_tally::OutcomeTally;
 use crate::engine::EngineFacts;
@@ -52,8 +54,8 @@ use crate::imaging::{ImageRequest, PreprocessOptions};
 use crate::model::graph::Want;
 use crate::model::{CallTask, Model};
 use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
+use crate::proto::pb;
 use crate::proto::pb::image_gpt_service_server::{ImageGptService, ImageGptServiceServer};
-use crate::proto::{Priority, pb};
 use crate::serve::admission::{Admission, AdmissionCall, Bytes, PendingAnswers};
 use crate::serve::capacity::CapacityShare;
 use crate::serve::config::{ConnectionsConfig, LimitsConfig};
@@ -63,7 +65,7 @@ use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::metrics::Metrics;
 use crate::serve::readiness::{Readiness, Unready};
 use crate::serve::rpc::error::RequestError;
-use crate::serve::timeline::{CallTimeline, RequestTimeline};
+use crate::serve::timeline::RequestTimeline;
 use crate::serve::trace::Traces;
 use crate::{gpu, proto};
 
@@ -245,9 +247,8 @@ impl WorkerService {
         dtype: pb::DataType,
         extensions: &tonic::Extensions,
     ) -> Result<(Vec<Result<Answer, RequestError>>, AnswerBytes), RequestError> {
-        let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
-        let class = extensions.get().copied().unwrap_or(Priority::Interactive);
-        let timeline = request_timeline(extensions);
+        let origin = CallOrigin::of(extensions);
+        let timeline = origin.timeline.request();
         let ask = Ask {
             work,
             n_values,
@@ -259,8 +260,7 @@ impl WorkerService {
         self.submit(
             pictures,
             &[ask],
-            class,
-            deadline,
+            origin,
             arrived.unwrap_or_default(),
             timeline,
         )?
@@ -300,12 +300,12 @@ impl WorkerService {
         &self,
         pictures: Vec<Result<ImageRequest, RequestError>>,
         asks: &[Ask],
-        class: Priority,
-        deadline: Option<Instant>,
+        origin: CallOrigin,
         arrived: CapacityShare,
         timeline: RequestTimeline,
     ) -> Result<Submitted, RequestError> {
         let n_outcomes = pictures.len() * asks.len();
+        let n_charged = pictures.iter().flatten().count();
         let bytes = call_bytes(&pictures, asks, arrived);
         let mut known = Vec::with_capacity(n_outcomes);
         let mut admitted = Vec::with_capacity(n_outcomes);
@@ -329,13 +329,15 @@ impl WorkerService {
                 });
             }
         }
-        let mut tally = OutcomeTally::new(self.metrics.clone(), deadline);
+        let mut tally = OutcomeTally::new(self.metrics.clone(), origin.deadline);
         tally.expect(n_outcomes);
         let call = AdmissionCall {
             images: admitted,
-            class,
+            caller: origin.caller,
+            n_charged,
+            class: origin.class,
             bytes,
-            deadline,
+            deadline: origin.deadline,
             span: tracing::Span::current(),
             timeline,
         };
@@ -575,17 +577,6 @@ impl WorkerService {
                 .unwrap_or_default(),
         })
     }
-}
-
-/// Returns the timeline of a call's request, which has arrived.
-fn request_timeline(extensions: &tonic::Extensions) -> RequestTimeline {
-    call_timeline(extensions).request()
-}
-
-/// Returns the timeline of a call. Every call that is counted has one.
-fn call_timeline(extensions: &tonic::Extensions) -> CallTimeline {
-    let timeline = extensions.get::<CallTimeline>().cloned();
-    timeline.unwrap_or_else(|| CallTimeline::new(Instant::now(), None, false))
 }
 
 /// Work that is asked for each image of a call.

@@ -225,6 +225,7 @@ mod tests {
 
     use super::*;
     use crate::proto::Priority;
+    use crate::serve::fair::CallerId;
     use crate::serve::job::{Permit, Reply};
 
     type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, StageError>>;
@@ -236,6 +237,7 @@ mod tests {
     ) -> (Sequence, Outcome, mpsc::Receiver<GeneratedRow>) {
         let (reply, outcome) = Reply::new();
         let ticket = Ticket {
+            caller: CallerId::UNNAMED,
             class: Priority::Interactive,
             deadline: None,
             entered_at: std::time::Instant::now(),

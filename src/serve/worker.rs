@@ -226,7 +226,7 @@ impl Worker {
     ) -> anyhow::Result<Self> {
         let started = Instant::now();
         let network = &config.network;
-        let access = rpc::Access::open(&config.access)?;
+        let access = rpc::Access::open(&config.access, &config.limits)?;
         let listener = bind(network.listen, "--listen").await?;
         let metrics_listener = bind(network.metrics_listen, "--metrics-listen").await?;
         let (grpc_addr, metrics_addr) = (listener.local_addr()?, metrics_listener.local_addr()?);

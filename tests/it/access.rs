@@ -61,7 +61,12 @@ impl Authority {
 
     /// Writes NAME.crt and NAME.key, valid from one year until another.
     fn sign_for(&self, name: &str, from: i32, until: i32) {
-        let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
+        self.sign_as(name, &["localhost", "127.0.0.1"], (from, until));
+    }
+
+    /// Writes NAME.crt and NAME.key for these hosts.
+    fn sign_as(&self, name: &str, hosts: &[&str], (from, until): (i32, i32)) {
+        let names: Vec<String> = hosts.iter().map(|&host| host.to_owned()).collect();
         let mut params = CertificateParams::new(names).expect("names");
         params.not_before = rcgen::date_time_ymd(from, 1, 1);
         params.not_after = rcgen::date_time_ymd(until, 1, 1);
@@ -223,6 +228,50 @@ async fn mutual_tls_asks_clients_for_a_certificate() {
     call(&worker, "https", &with(&others))
         .await
         .expect_err("a certificate of someone else");
+    end(worker).await;
+}
+
+#[tokio::test]
+async fn a_certificate_that_the_tokens_file_names_needs_no_token() {
+    let ours = Authority::new();
+    for name in ["mesh", "stranger"] {
+        ours.sign_as(name, &[&format!("{name}.example")], (2000, 2031));
+    }
+    let tokens = ours.path("tokens");
+    std::fs::write(&tokens, format!("mesh cert=mesh.example\n{TOKEN}\n")).expect("written");
+    let mut flags = ours.server_flags();
+    for (flag, path) in [
+        ("--tls-client-ca", ours.path("ca.crt")),
+        ("--auth-tokens-file", tokens),
+    ] {
+        flags.extend([flag.to_owned(), path.display().to_string()]);
+    }
+    let worker = start(&flags).await;
+    std::fs::write(ours.path("token"), TOKEN).expect("written");
+    let with = |name: &str, token: bool| ConnectConfig {
+        tls_client_cert: Some(ours.path(&format!("{name}.crt"))),
+        tls_client_key: Some(ours.path(&format!("{name}.key"))),
+        token_file: token.then(|| ours.path("token")),
+        ..ours.trusted()
+    };
+    call(&worker, "https", &with("mesh", false))
+        .await
+        .expect("no token");
+    call(&worker, "https", &with("mesh", true))
+        .await
+        .expect("the same");
+    let refused = call(&worker, "https", &with("stranger", false)).await;
+    let refused = refused.expect_err("no token");
+    assert!(refused.starts_with("UNAUTHENTICATED"), "{refused}");
+    call(&worker, "https", &with("stranger", true))
+        .await
+        .expect("a token");
+    let page = harness::metrics(&worker).await;
+    let of_mesh = r#"imagegpt_requests_total{method="GetModel",code="OK",caller="mesh"}"#;
+    assert_eq!(harness::sample(&page, of_mesh), 2.0);
+    let of_others = r#"imagegpt_requests_total{method="GetModel",code="OK"}"#;
+    assert_eq!(harness::sample(&page, of_others), 1.0);
+    assert!(!page.contains("stranger"), "a stranger's name is no label");
     end(worker).await;
 }
 

@@ -16,6 +16,7 @@ mod batching;
 mod bench;
 mod bench_engine;
 mod bench_stub;
+mod callers;
 mod commands;
 mod compiled;
 mod devices;

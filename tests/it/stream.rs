@@ -42,7 +42,7 @@ impl Conversation {
         Self::open_as(client, options, |_| {}).await
     }
 
-    async fn open_as(
+    pub(crate) async fn open_as(
         client: &Client,
         options: pb::EmbedStreamOptions,
         change: impl FnOnce(&mut Request<ReceiverStream<pb::EmbedStreamRequest>>),

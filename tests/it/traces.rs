@@ -298,12 +298,17 @@ async fn the_callers_decision_is_followed_and_others_are_sampled_by_ratio() {
 async fn a_failed_call_has_the_stages_it_reached_and_its_status() {
     let (open, script) = gated();
     let (mut running, collector) = traced(script, &["--max-queue-delay", "0s"]).await;
-    let mut late = with_parent(vec![flat(1)], "01");
-    // As a header, so that the client does not end the call itself.
-    let timeout = "50m".parse().expect("ascii");
-    late.metadata_mut().insert("grpc-timeout", timeout);
-    let status = running.client.embed(late).await.expect_err("late");
-    let timing = status.metadata().get("imagegpt-timing").expect("times");
+    // On a busy machine the client's own timer may be first.
+    let timing = loop {
+        let mut late = with_parent(vec![flat(1)], "01");
+        let timeout = "50m".parse().expect("ascii");
+        late.metadata_mut().insert("grpc-timeout", timeout);
+        let status = running.client.embed(late).await.expect_err("late");
+        if !harness::is_clients_timer(&status) {
+            let timing = status.metadata().get("imagegpt-timing").cloned();
+            break timing.expect("times");
+        }
+    };
     let total = times(timing.to_str().expect("ascii"))["total"];
     assert!(total >= 40.0, "{total}");
     let wrong = with_parent(Vec::new(), "01");
@@ -315,7 +320,10 @@ async fn a_failed_call_has_the_stages_it_reached_and_its_status() {
     let codes = calls
         .iter()
         .map(|call| attribute(call, "rpc.grpc.status_code"));
-    let codes: Vec<String> = codes.map(Option::unwrap_or_default).collect();
+    let mut codes: Vec<String> = codes.map(Option::unwrap_or_default).collect();
+    // A call that the client ended was cancelled.
+    calls.retain(|call| attribute(call, "rpc.grpc.status_code").as_deref() != Some("1"));
+    codes.retain(|code| code != "1");
     assert_eq!(codes, ["4", "3"]);
     let status = |call: &Span| call.status.clone().unwrap_or_default().code;
     assert_eq!(status(&calls[0]), StatusCode::Error as i32);

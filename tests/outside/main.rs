@@ -309,8 +309,9 @@ fn every_metric() -> imagegpt::serve::metrics::Metrics {
     let metrics = Metrics::new().expect("metrics");
     let moment = Duration::from_millis(1);
     for method in RpcMethod::ALL {
-        metrics.request(method, GrpcCode::Ok, moment);
+        metrics.request(method, GrpcCode::Ok, "", moment);
     }
+    metrics.request(RpcMethod::Embed, GrpcCode::Ok, "a", moment);
     for graph in Graph::ALL {
         metrics.batch(graph, 1, 1, BatchClose::Full);
         metrics.inference(graph, moment);

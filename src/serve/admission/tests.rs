@@ -35,6 +35,8 @@ fn call(n_images: usize, bytes: usize) -> AdmissionCall {
         images: (0..n_images)
             .map(|_| (picture(), RequestedWork::Tokenize))
             .collect(),
+        caller: Caller::default(),
+        n_charged: n_images,
         class: Priority::Interactive,
         bytes: Bytes {
             answer: bytes,
@@ -50,6 +52,7 @@ fn item(bytes: usize) -> StreamItem {
     StreamItem {
         picture: picture(),
         work: RequestedWork::Tokenize,
+        caller: Caller::default(),
         class: Priority::Bulk,
         bytes: Bytes {
             answer: bytes,

@@ -280,6 +280,7 @@ mod tests {
 
     use super::super::queue::{QueuedWork, WorkQueue};
     use super::*;
+    use crate::serve::fair::CallerId;
 
     const MS: fn(u64) -> Duration = Duration::from_millis;
 
@@ -307,6 +308,7 @@ mod tests {
         for &(class, graph, len, came) in lanes {
             for _ in 0..len {
                 let entry = QueuedWork {
+                    caller: CallerId::UNNAMED,
                     item: (),
                     arrived: at(came),
                     deadline: None,

@@ -13,6 +13,7 @@ use super::queue::{LaneView, QueuePosition, QueuedWork, WorkQueue};
 use crate::model::graph::Graph;
 use crate::proto::Priority;
 use crate::serve::devices::DeviceIdx;
+use crate::serve::fair::CallerId;
 use crate::serve::metrics::BatchClose;
 
 /// Queue, policy and measurements of all engines, from which the next turn is
@@ -311,7 +312,7 @@ impl<T> Scheduler<T> {
         let smallest = self.policy.buckets.at_most(1);
         while let Some(deadline) = self.queue.first_deadline(class, graph)
             && !self.in_time(graph, smallest, deadline, now)
-            && let Some(entry) = self.queue.pop(class, graph)
+            && let Some(entry) = self.queue.remove_first(class, graph)
         {
             late.push(entry);
         }
@@ -323,8 +324,8 @@ impl<T> Scheduler<T> {
                 .policy
                 .shared_bucket(graph, bucket, len + bulk, largest, &self.pace);
         }
-        // The most urgent entry decides: the batch is made smaller if only a
-        // smaller one is in time.
+        // The most urgent entry decides, whosever turn it is: the batch is made
+        // smaller if only a smaller one is in time.
         while let Some(deadline) = self.queue.first_deadline(class, graph)
             && !self.in_time(graph, bucket, deadline, now)
             && self.policy.buckets.at_most(bucket - 1) < bucket
@@ -387,7 +388,8 @@ impl<T> Scheduler<T> {
         rows: &mut Vec<QueuedWork<T>>,
     ) {
         while rows.len() < bucket {
-            let deadline = self.queue.first_deadline(class, graph);
+            let next = self.queue.next(class, graph);
+            let deadline = next.and_then(|entry| entry.deadline);
             if deadline.is_some_and(|deadline| !self.in_time(graph, bucket, deadline, now)) {
                 return;
             }
@@ -433,6 +435,7 @@ impl<T> Scheduler<T> {
         &self,
         class: Priority,
         graph: Graph,
+        caller: CallerId,
         deadline: Instant,
         now: Instant,
     ) -> Option<Duration> {
@@ -457,7 +460,7 @@ impl<T> Scheduler<T> {
         if now + needed(self.queue.len_in(class, graph)) <= deadline {
             return None;
         }
-        let needed = needed(self.queue.ahead(class, graph, now, Some(deadline)));
+        let needed = needed(self.queue.ahead(class, graph, caller, now, Some(deadline)));
         (now + needed > deadline).then_some(needed)
     }
 
@@ -468,15 +471,20 @@ impl<T> Scheduler<T> {
         self.queue.next_deadline()
     }
 
-    /// Moves an entry to its place under a new class and deadline.
+    /// Moves an entry to its place under a new class, caller and deadline.
     pub(crate) fn promote(
         &mut self,
         place: &QueuePosition,
         class: Priority,
+        caller: CallerId,
         deadline: Option<Instant>,
     ) -> Option<QueuePosition> {
         let entry = self.queue.remove(place)?;
-        let entry = QueuedWork { deadline, ..entry };
+        let entry = QueuedWork {
+            caller,
+            deadline,
+            ..entry
+        };
         Some(self.queue.push(class, place.graph, entry))
     }
 }

@@ -1,7 +1,8 @@
 //! Images to generate (sequences) that wait for a slot at an engine, and the
 //! number of sequences at each engine.
 //!
-//! Interactive sequences go first, by deadline and arrival as rows do. Bulk
+//! Interactive sequences go first. Within a class callers get the same number
+//! of slots, and a caller's sequences go by deadline and arrival, as rows do. Bulk
 //! work cannot take all slots: a sequence keeps its slot for a thousand steps,
 //! which an interactive caller should not have to wait for. A sequence stays
 //! with the engine that it joined; waiting sequences are shared out evenly
@@ -55,6 +56,7 @@ impl WaitingSequences {
     pub(super) fn push(&mut self, sequence: Sequence, now: Instant) {
         let (class, deadline) = (sequence.ticket.class, sequence.ticket.deadline);
         let entry = QueuedWork {
+            caller: sequence.ticket.caller,
             arrived: now,
             deadline,
             item: sequence,
@@ -231,6 +233,7 @@ impl WaitingSequences {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::serve::fair::CallerId;
     use crate::serve::generate::{GenerateRequest, KeptPixels};
     use crate::serve::job::{Permit, Reply, Ticket};
     use crate::serve::sequence::Sampling;
@@ -243,6 +246,7 @@ mod tests {
         let now = Instant::now();
         for _ in 0..n {
             let ticket = Ticket {
+                caller: CallerId::UNNAMED,
                 class,
                 deadline: None,
                 entered_at: now,

@@ -18,6 +18,7 @@ use crate::serve::devices::{DeviceIdx, DeviceReports, DeviceStates, WorkerState}
 use crate::serve::engine_thread;
 use crate::serve::engine_thread::Runner;
 use crate::serve::error::StageError;
+use crate::serve::fair::CallerId;
 use crate::serve::generate::{GenerateRequest, KeptPixels};
 use crate::serve::job::{Answer, Job, Permit, Reply, RequestedWork, Ticket};
 use crate::serve::metrics::Metrics;
@@ -40,6 +41,7 @@ fn job(
 ) -> (PreparedWork, Outcome) {
     let (reply, outcome) = Reply::new();
     let ticket = Ticket {
+        caller: CallerId::UNNAMED,
         class,
         deadline,
         entered_at: Instant::now(),
@@ -432,7 +434,7 @@ fn caller(
     let mut open = std::collections::VecDeque::new();
     for _ in 0..n_jobs {
         let share = loop {
-            if let Some(share) = pool.try_take(Priority::Interactive, 1) {
+            if let Ok(share) = pool.try_take(Priority::Interactive, 1) {
                 break share;
             }
             match open.pop_front() {

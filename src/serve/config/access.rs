@@ -51,10 +51,18 @@ pub struct AccessConfig {
     pub tls_client_ca: Option<PathBuf>,
 
     /// File with the bearer tokens that authenticate calls (metadata
-    /// `authorization: Bearer TOKEN`): one token per line, of 16 characters or
-    /// more; lines that begin with # are comments. A call without one of the
-    /// tokens fails with UNAUTHENTICATED; only grpc.health.v1 needs no token,
-    /// so that probes work
+    /// `authorization: Bearer TOKEN`), and with the names and limits of callers:
+    /// one token per line, of 16 characters or more; lines that begin with # are
+    /// comments. A call without one of the tokens fails with UNAUTHENTICATED;
+    /// only grpc.health.v1 needs no token, so that probes work.
+    ///
+    /// A line is TOKEN, or NAME TOKEN [OPTION...], or with --tls-client-ca NAME
+    /// cert=SUBJECT [OPTION...] for a client certificate, which then needs no
+    /// token. Options are rate=N/s (or /m, /h; images that the caller may
+    /// submit), in-flight=N (images at the same time) and class=bulk or
+    /// class=interactive. The name is in log lines and in the label caller of
+    /// imagegpt_requests_total, and callers whose work waits get the same
+    /// service. docs/access.md has the whole format
     #[arg(long, env = "IMAGEGPT_AUTH_TOKENS_FILE", value_name = "FILE")]
     pub auth_tokens_file: Option<PathBuf>,
 

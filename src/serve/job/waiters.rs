@@ -147,6 +147,7 @@ mod tests {
 
     use super::*;
     use crate::proto::Priority;
+    use crate::serve::fair::CallerId;
     use crate::serve::job::{Answer, Reply};
 
     type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, StageError>>;
@@ -154,6 +155,7 @@ mod tests {
     fn ticket(class: Priority, deadline: Option<Instant>) -> (Ticket, Outcome) {
         let (reply, outcome) = Reply::new();
         let ticket = Ticket {
+            caller: CallerId::UNNAMED,
             class,
             deadline,
             entered_at: Instant::now(),

@@ -20,6 +20,8 @@ const FILLS: [f64; 8] = [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0];
 /// Handles of the metrics of calls, their images and their memory.
 pub(super) struct RequestHandles {
     pub(super) requests: Family<(RpcMethod, GrpcCode), Counter>,
+    /// The same counter for callers that the tokens file names.
+    pub(super) requests_of_callers: LateMetric,
     pub(super) request_duration: Family<RpcMethod, Histogram>,
     pub(super) images: Family<GrpcCode, Counter>,
     pub(super) dropped: Family<DropReason, Counter>,
@@ -37,11 +39,15 @@ pub(super) struct RequestHandles {
 
 impl RequestHandles {
     pub(super) fn new(metrics: &mut Registry<'_>) -> Self {
+        let (requests, requests_of_callers) = metrics.counters_and_late(
+            "imagegpt_requests_total",
+            "Answered calls, by method, gRPC code, and the caller that --auth-tokens-file names; \
+             calls of other callers have no label caller.",
+            &["method", "code", "caller"],
+        );
         Self {
-            requests: metrics.counters(
-                "imagegpt_requests_total",
-                "Answered calls, by method and gRPC code.",
-            ),
+            requests,
+            requests_of_callers,
             request_duration: metrics.histograms(
                 "imagegpt_request_duration_seconds",
                 "Time from the arrival of a call to its answer, by method.",

@@ -59,6 +59,11 @@ const COUNTED: [GrpcCode; 13] = [
     GrpcCode::Unauthenticated,
 ];
 
+/// Returns the code whose series count a code.
+pub(super) fn counted(code: GrpcCode) -> GrpcCode {
+    COUNTED[code.index()]
+}
+
 /// True if a code has series of its own.
 #[cfg(test)]
 pub(crate) fn is_counted(code: GrpcCode) -> bool {

@@ -105,6 +105,10 @@ impl LateMetric {
         Key::from_parts(self.name, labels.collect::<Vec<_>>())
     }
 
+    pub(super) fn counter(&self, recorder: &dyn Recorder, values: &[&str]) -> Counter {
+        recorder.register_counter(&self.key(values), &METADATA)
+    }
+
     pub(super) fn gauge(&self, recorder: &dyn Recorder, values: &[&str]) -> Gauge {
         recorder.register_gauge(&self.key(values), &METADATA)
     }
@@ -219,6 +223,20 @@ impl<'a> Registry<'a> {
     ) -> Family<L, Counter> {
         self.define(MetricKind::Counter, name, help, L::LABELS, Vec::new());
         Self::family(name, |key| self.counter_at_zero(key))
+    }
+
+    /// Defines a counter with one more label, whose values are known later. The
+    /// series without a value of that label exist from the start, and do not
+    /// have the label: to Prometheus, an empty label is none.
+    pub(super) fn counters_and_late<L: LabelSet>(
+        &mut self,
+        name: &'static str,
+        help: &'static str,
+        labels: &'static [&'static str],
+    ) -> (Family<L, Counter>, LateMetric) {
+        self.define(MetricKind::Counter, name, help, labels, Vec::new());
+        let family = Self::family(name, |key| self.counter_at_zero(key));
+        (family, LateMetric { name, labels })
     }
 
     pub(super) fn gauge(&mut self, name: &'static str, help: &'static str) -> Gauge {

@@ -3,8 +3,9 @@
 //! The queue is a lock and not a channel for three reasons: pictures whose
 //! callers gave up leave from the middle, interactive pictures overtake bulk
 //! ones, and cheap pictures overtake costly ones within a bound of age.
-//! Otherwise a few callers whose pictures take a second each would hold up all
-//! others (head-of-line blocking). The queue needs no bound of its own: each
+//! Otherwise a few pictures that take a second each would hold up all others
+//! (head-of-line blocking). Within a class, callers whose pictures wait get the
+//! same decoding time (`fair.rs`), by the estimates from the headers. The queue needs no bound of its own: each
 //! job holds its permit, so there are at most as many jobs as permits.
 
 use std::collections::BTreeMap;
@@ -16,6 +17,7 @@ use crate::imaging::ImageRequest;
 use crate::imaging::cost::DecodeCost;
 use crate::proto::Priority;
 use crate::serve::error::{RequestStage, StageError};
+use crate::serve::fair::{FairOrder, FairTurn};
 use crate::serve::job::Job;
 use crate::serve::metrics::Metrics;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -32,6 +34,11 @@ const PATIENCE: u32 = 8;
 /// Longest time in which later arrivals may pass a picture, whatever its header
 /// claims.
 const PATIENCE_MAX: Duration = Duration::from_secs(30);
+
+/// Least time that a picture is charged in its caller's account, so that
+/// pictures whose headers claim nothing take turns too: about the time that a
+/// thread takes to fetch one.
+const CHARGE_MIN: Duration = Duration::from_micros(10);
 
 /// Admission's end of the queue, which is closed when this value is dropped.
 #[derive(Debug)]
@@ -61,7 +68,27 @@ pub(crate) enum ThreadReach {
     Cheap,
 }
 
-/// Sort key of pictures within a class: time of arrival plus a delay for the
+/// Pictures that are told apart by the threads that may take them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum CostKind {
+    Cheap,
+    Costly,
+}
+
+impl CostKind {
+    fn of(cost: DecodeCost) -> Self {
+        if cost.is_cheap() {
+            Self::Cheap
+        } else {
+            Self::Costly
+        }
+    }
+}
+
+/// Turn of a picture, by which it is taken.
+type Turn = (CostKind, FairTurn<Rank>);
+
+/// Sort key of pictures within a class and a caller: time of arrival plus a delay for the
 /// picture's cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
@@ -82,47 +109,60 @@ struct State {
 /// Waiting pictures of one class.
 #[derive(Debug, Default)]
 struct Waiting {
-    cheap: BTreeMap<Rank, Job<ImageRequest>>,
-    costly: BTreeMap<Rank, Job<ImageRequest>>,
+    pictures: BTreeMap<Rank, Picture>,
+    order: FairOrder<CostKind, Rank>,
+}
+
+#[derive(Debug)]
+struct Picture {
+    job: Job<ImageRequest>,
+    cost: DecodeCost,
 }
 
 impl Waiting {
-    fn first(&self, reach: ThreadReach) -> Option<Rank> {
-        let costly = match reach {
-            ThreadReach::Any => self.costly.keys().next(),
-            ThreadReach::Cheap => None,
-        };
-        self.cheap
-            .keys()
-            .next()
-            .into_iter()
-            .chain(costly)
-            .min()
-            .copied()
+    fn push(&mut self, rank: Rank, picture: Picture) {
+        let kind = CostKind::of(picture.cost);
+        self.order.insert(kind, picture.job.ticket.caller, rank);
+        self.pictures.insert(rank, picture);
     }
 
-    fn take(&mut self, rank: Rank) -> Option<Job<ImageRequest>> {
-        self.cheap
-            .remove(&rank)
-            .or_else(|| self.costly.remove(&rank))
+    fn first(&self, reach: ThreadReach) -> Option<Turn> {
+        let first = |kind| Some((kind, self.order.first(kind)?));
+        let costly = match reach {
+            ThreadReach::Any => first(CostKind::Costly),
+            ThreadReach::Cheap => None,
+        };
+        let firsts = first(CostKind::Cheap).into_iter().chain(costly);
+        firsts.min_by_key(|(_, turn)| *turn)
+    }
+
+    fn take(&mut self, (kind, turn): &Turn) -> Option<Job<ImageRequest>> {
+        let Picture { job, cost } = self.pictures.remove(&turn.rank)?;
+        // The bound holds whatever a header claims.
+        let charged = cost.0.clamp(CHARGE_MIN, PATIENCE_MAX).as_nanos();
+        let charged = u64::try_from(charged).unwrap_or(u64::MAX);
+        self.order.serve(*kind, turn, charged);
+        Some(job)
     }
 
     /// Takes out the jobs that are dead, with the reason.
     fn sweep(&mut self, now: Instant, dead: &mut Vec<(Job<ImageRequest>, StageError)>) {
-        for waiting in [&mut self.cheap, &mut self.costly] {
-            let is_dead = |_: &Rank, job: &mut Job<ImageRequest>| {
-                job.ticket.dead(now, RequestStage::Preprocess).is_some()
-            };
-            dead.extend(waiting.extract_if(.., is_dead).filter_map(|(_, job)| {
-                // A job that was dead a moment ago is dead now.
-                let error = job.ticket.dead(now, RequestStage::Preprocess)?;
-                Some((job, error))
-            }));
+        let is_dead = |_: &Rank, picture: &mut Picture| {
+            let ticket = &picture.job.ticket;
+            ticket.dead(now, RequestStage::Preprocess).is_some()
+        };
+        for (rank, Picture { job, cost }) in self.pictures.extract_if(.., is_dead) {
+            self.order
+                .remove(CostKind::of(cost), job.ticket.caller, rank);
+            // A job that was dead a moment ago is dead now.
+            if let Some(error) = job.ticket.dead(now, RequestStage::Preprocess) {
+                dead.push((job, error));
+            }
         }
     }
 
     fn drain(self) -> impl Iterator<Item = Job<ImageRequest>> {
-        self.cheap.into_values().chain(self.costly.into_values())
+        self.pictures.into_values().map(|picture| picture.job)
     }
 }
 
@@ -142,22 +182,18 @@ impl State {
             nth: self.n_arrived,
         };
         let lane = self.lane(job.ticket.class);
-        if cost.is_cheap() {
-            lane.cheap.insert(rank, job);
-        } else {
-            lane.costly.insert(rank, job);
-        }
+        lane.push(rank, Picture { job, cost });
     }
 
     fn next(&mut self, reach: ThreadReach) -> Option<Job<ImageRequest>> {
         let bulk = self.bulk.first(reach);
         let interactive = self.interactive.first(reach);
-        let (class, rank) = match (interactive, bulk) {
+        let (class, turn) = match (interactive, bulk) {
             (Some(_), Some(bulk)) if self.turn + 1 >= BULK_TURN => (Priority::Bulk, bulk),
             (Some(interactive), _) => (Priority::Interactive, interactive),
             (None, bulk) => (Priority::Bulk, bulk?),
         };
-        let job = self.lane(class).take(rank)?;
+        let job = self.lane(class).take(&turn)?;
         self.turn = match class {
             Priority::Bulk => 0,
             // Interactive pictures are counted only while bulk waits.
@@ -266,6 +302,7 @@ impl Drop for PreprocessQueue {
 mod tests {
     use super::*;
     use crate::imaging::{ImageInput, PreprocessOptions};
+    use crate::serve::fair::CallerId;
     use crate::serve::job::{Answer, Permit, Reply, RequestedWork, Ticket};
 
     type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, StageError>>;
@@ -279,6 +316,7 @@ mod tests {
             },
             work: RequestedWork::Tokenize,
             ticket: Ticket {
+                caller: CallerId::UNNAMED,
                 class,
                 deadline: None,
                 entered_at: Instant::now(),
@@ -381,6 +419,31 @@ mod tests {
             order(&[claim, (29_000, 1), (31_000, 1)], ThreadReach::Any),
             [1, 0, 2]
         );
+    }
+
+    #[test]
+    fn callers_get_the_same_decoding_time() {
+        let start = Instant::now();
+        let mut state = State::default();
+        let mut outcomes = Vec::new();
+        // One caller has a thousand pictures, each ten times as costly as those
+        // of another caller, which come later.
+        for (caller, n, cost, arrival) in [(1, 1000, 50, 0), (2, 100, 5, 1)] {
+            for _ in 0..n {
+                let (mut job, outcome) = job(Priority::Interactive, caller);
+                job.ticket.caller = CallerId(caller);
+                let cost = DecodeCost(Duration::from_millis(cost));
+                state.push(job, cost, start + Duration::from_millis(arrival));
+                outcomes.push(outcome);
+            }
+        }
+        let mut next = |n| {
+            let taken = std::iter::from_fn(|| state.next(ThreadReach::Any)).take(n);
+            let taken: Vec<u32> = taken.map(|job| id(&job)).collect();
+            taken.iter().filter(|&&caller| caller == 1).count()
+        };
+        assert_eq!(next(110), 10, "the same time for both");
+        assert_eq!(next(20), 20, "all for the caller that is left");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use super::reload::{Follower, Latest};
 use super::tls::Tls;
 use super::web::Web;
 use crate::files::FlagFile;
-use crate::serve::config::AccessConfig;
+use crate::serve::config::{AccessConfig, LimitsConfig};
 use crate::serve::metrics::Metrics;
 
 /// TLS, tokens and gRPC-Web settings, with their files read once.
@@ -31,7 +31,7 @@ impl Access {
     /// # Errors
     ///
     /// Returns one sentence about the file that cannot be used.
-    pub(crate) fn open(config: &AccessConfig) -> anyhow::Result<Self> {
+    pub(crate) fn open(config: &AccessConfig, limits: &LimitsConfig) -> anyhow::Result<Self> {
         let tls = match (&config.tls_cert, &config.tls_key) {
             (Some(certificate), Some(key)) => Some(Tls::open(
                 FlagFile::new("--tls-cert", certificate),
@@ -44,10 +44,11 @@ impl Access {
             _ => None,
         };
         let tokens = match &config.auth_tokens_file {
-            Some(path) => Some(AcceptedTokens::open(FlagFile::new(
-                "--auth-tokens-file",
-                path,
-            ))?),
+            Some(path) => Some(AcceptedTokens::open(
+                FlagFile::new("--auth-tokens-file", path),
+                config.tls_client_ca.is_some(),
+                limits.images_per_call_max.max(limits.samples_per_call_max),
+            )?),
             None => None,
         };
         let web = Web::new(config);

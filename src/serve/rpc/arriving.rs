@@ -33,11 +33,13 @@ use http_body::{Body as _, Frame, SizeHint};
 use tonic::body::Body;
 use tonic::{Code, Status};
 
+use super::calling::CallerSlot;
 use super::status;
 use crate::excerpt::Excerpt;
 use crate::proto::Priority;
 use crate::proto::codec::{Growth, malformed};
-use crate::serve::capacity::{CapacityPool, CapacityShare};
+use crate::serve::admission::no_room;
+use crate::serve::capacity::{CapacityClaim, CapacityPool, CapacityShare};
 use crate::serve::error::{RequestStage, StageError};
 use crate::serve::readiness::Readiness;
 use crate::serve::rpc::error::RequestError;
@@ -161,7 +163,9 @@ impl Arrived {
 pub(super) struct RequestFacts {
     /// Pool in which bytes are counted; none for health checks and reflection.
     pub(super) bytes: Option<CapacityPool>,
+    /// Class of the call until it is authenticated, which may change it.
     pub(super) class: Priority,
+    pub(super) caller: CallerSlot,
     /// Limit on the bytes of one message, inflated.
     pub(super) message_bytes_max: usize,
     pub(super) compression: Option<MessageCompression>,
@@ -201,8 +205,8 @@ impl RequestFacts {
         };
         let (what, flag) = ("bytes", "--bytes-in-flight-max");
         let all = held.size().saturating_add(n);
-        // A share is counted in 32 bits.
-        let max = pool.size_for(self.class).min(u32::MAX as usize);
+        let claim = self.caller.claim(self.class, held.size());
+        let max = pool.size_for(claim.class);
         if all > max {
             return Err(status::of_stage(StageError::NeverFits {
                 given: all,
@@ -211,15 +215,11 @@ impl RequestFacts {
                 flag,
             }));
         }
-        let Some(share) = pool.try_take(self.class, n) else {
-            return Err(status::of_stage(StageError::Full {
-                what,
-                flag,
-                // A request that arrives is not in the queue yet, so the drain
-                // rate does not tell when there will be room.
-                retry_after: RETRY_ARRIVING,
-            }));
-        };
+        // A request that arrives is not in the queue yet, so the drain rate does
+        // not tell when there will be room.
+        let share = pool
+            .try_take(claim, n)
+            .map_err(|reason| status::of_stage(no_room(reason, what, flag, RETRY_ARRIVING)))?;
         held.merge(share);
         Ok(())
     }
@@ -460,10 +460,14 @@ impl Arriving {
                 let most = self.arrival.most(&prefix);
                 let most = most.min(pool.size_for(Priority::Bulk));
                 let pool = pool.clone();
+                let claim = CapacityClaim {
+                    class: Priority::Bulk,
+                    ..self.arrival.caller.claim(Priority::Bulk, 0)
+                };
                 // The room does not come from the interactive reserve, whatever
                 // the stream's class: a message may take long to arrive, and
                 // calls that do not wait need the reserve.
-                let room = Box::pin(async move { pool.take(Priority::Bulk, most).await });
+                let room = Box::pin(async move { pool.take(claim, most).await });
                 Part::Room { prefix, room }
             }
             _ => Part::Message {

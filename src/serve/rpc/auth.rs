@@ -1,6 +1,9 @@
-//! Authentication by bearer tokens: a layer that rejects calls before their
-//! bodies are read.
+//! Authentication by bearer tokens and client certificates: a layer that says
+//! who calls, or rejects a call before its body is read.
 
+mod file;
+
+use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -8,98 +11,123 @@ use std::task::{Context, Poll};
 use anyhow::Context as _;
 use http::{HeaderMap, Request, Response, header};
 use sha2::{Digest as _, Sha256};
-use subtle::{Choice, ConstantTimeEq as _};
+use subtle::{ConditionallySelectable as _, ConstantTimeEq as _};
 use tonic::body::Body;
 use tower::{Layer, Service};
 
+use self::file::TokensFile;
+use super::calling::CallerSlot;
 use super::listen::Peer;
+use super::observe::PRIORITY;
 use super::reload::{Follower, Latest, open};
 use super::status;
+use super::tls::ClientNames;
+use crate::excerpt::Excerpt;
 use crate::files::FlagFile;
+use crate::proto::Priority;
+use crate::serve::caller::{Caller, CallerRegistry};
 use crate::serve::metrics::ReloadedFile;
 use crate::serve::rpc::error::RequestError;
 
-/// Shortest length of a token: 16 random letters and digits have 95 bits;
-/// shorter tokens can be guessed.
-const TOKEN_LEN_MIN: usize = 16;
-/// Largest number of tokens, since every call is compared with every token.
-const TOKENS_MAX: usize = 256;
 /// Path prefix of calls that need no token: probes of Kubernetes cannot send
 /// one.
 pub(super) const OPEN: &str = "/grpc.health.v1.Health/";
 
-/// Hashes of the accepted tokens. Hashes have equal length, so that a
-/// comparison reveals nothing about a token's length, and no tokens are kept in
-/// memory.
+/// Callers that the tokens file names, and hashes of the accepted tokens.
+/// Hashes have equal length, so that a comparison reveals nothing about a
+/// token's length, and no tokens are kept in memory.
 #[derive(Debug)]
-pub(super) struct AcceptedTokens(Vec<[u8; 32]>);
+pub(super) struct AcceptedTokens {
+    /// Each hash with the place of its caller.
+    tokens: Vec<([u8; 32], u32)>,
+    /// Subjects of client certificates, each with the place of its caller.
+    subjects: HashMap<Box<str>, u32>,
+    /// Callers by their places; the first is the one without a name.
+    callers: Vec<Caller>,
+}
 
 impl AcceptedTokens {
-    pub(super) fn open(source: FlagFile) -> anyhow::Result<(Latest<Self>, Follower<Self>)> {
+    /// Reads the tokens file. `has_client_ca` is true if client certificates
+    /// are verified; `call_images_max` is the number of images of the largest
+    /// call.
+    pub(super) fn open(
+        source: FlagFile,
+        has_client_ca: bool,
+        call_images_max: u32,
+    ) -> anyhow::Result<(Latest<Self>, Follower<Self>)> {
         let name = source.to_string();
+        let registry = CallerRegistry::new(call_images_max);
         open(ReloadedFile::Tokens, vec![source], move |contents| {
-            Self::parse(&contents[0]).with_context(|| name.clone())
+            let file = TokensFile::parse(&contents[0], has_client_ca);
+            Ok(Self::new(&file.with_context(|| name.clone())?, &registry))
         })
     }
 
-    /// Parses a file with one token per line. Errors name the line, never its
-    /// text.
-    fn parse(content: &[u8]) -> anyhow::Result<Self> {
-        let text = std::str::from_utf8(content).context("the file is not UTF-8 text")?;
-        let mut tokens = Vec::new();
-        for (idx, line) in text.lines().enumerate() {
-            let token = line.trim();
-            if token.is_empty() || token.starts_with('#') {
-                continue;
-            }
-            let line = idx + 1;
-            anyhow::ensure!(
-                token.bytes().all(|byte| byte.is_ascii_graphic()),
-                "line {line}: a token must have only ASCII characters and no spaces"
-            );
-            anyhow::ensure!(
-                token.len() >= TOKEN_LEN_MIN,
-                "line {line}: the token has {} characters; make it {TOKEN_LEN_MIN} or more \
-                 (openssl rand -hex 32)",
-                token.len()
-            );
-            anyhow::ensure!(
-                tokens.len() < TOKENS_MAX,
-                "line {line}: the file has more than {TOKENS_MAX} tokens, which is the limit"
-            );
-            tokens.push(hash(token));
+    fn new(file: &TokensFile<'_>, registry: &CallerRegistry) -> Self {
+        // The file has few lines.
+        let place = |idx: usize| u32::try_from(idx + 1).unwrap_or(0);
+        let tokens = file.tokens.iter();
+        let subjects = file.subjects.iter();
+        let mut callers = vec![Caller::default()];
+        callers.extend(registry.replace(&file.callers));
+        Self {
+            tokens: tokens
+                .map(|&(token, caller)| (hash(token), caller.map_or(0, place)))
+                .collect(),
+            subjects: subjects
+                .map(|(&subject, &caller)| (subject.into(), place(caller)))
+                .collect(),
+            callers,
         }
-        anyhow::ensure!(
-            !tokens.is_empty(),
-            "the file has no token; write one token per line"
-        );
-        Ok(Self(tokens))
     }
 
-    /// Checks that a call has an accepted token. The check takes the same time
-    /// for every wrong token.
-    fn check(&self, headers: &HeaderMap) -> Result<(), RequestError> {
-        let missing = RequestError::Unauthenticated {
-            problem: "the call has no bearer token; send metadata `authorization: Bearer TOKEN`",
-        };
+    /// Says who calls: the caller of the call's token, or else of its client
+    /// certificate. The check takes the same time for every wrong token.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError::Unauthenticated`] if the file has tokens, the call has
+    /// none of them, and no line names its certificate.
+    fn check(
+        &self,
+        headers: &HeaderMap,
+        certificate: Option<&ClientNames>,
+    ) -> Result<Caller, RequestError> {
         let token = headers
             .get(header::AUTHORIZATION)
             .and_then(|value| bearer(value.as_bytes()));
-        let Some(token) = token else {
-            return Err(missing);
+        let by_token = token.and_then(|token| self.by_token(token));
+        let mut names = certificate.into_iter().flat_map(ClientNames::iter);
+        let mut by_certificate = || names.find_map(|name| self.subjects.get(name).copied());
+        // A token without a name leaves it to the certificate to name the
+        // caller.
+        let place = match by_token {
+            Some(place) if place > 0 => Some(place),
+            by_token => by_certificate().or(by_token),
         };
-        let given = hash(token);
-        let mut accepted = Choice::from(0);
-        for known in &self.0 {
-            accepted |= known.ct_eq(&given);
-        }
-        if bool::from(accepted) {
-            Ok(())
-        } else {
-            Err(RequestError::Unauthenticated {
+        let known = place.and_then(|place| self.callers.get(place as usize));
+        match (known, token) {
+            (Some(caller), _) => Ok(caller.clone()),
+            // The certificate alone lets calls in.
+            (None, _) if self.tokens.is_empty() => Ok(Caller::default()),
+            (None, None) => Err(RequestError::Unauthenticated {
+                problem: "the call has no bearer token; send metadata `authorization: Bearer \
+                          TOKEN`",
+            }),
+            (None, Some(_)) => Err(RequestError::Unauthenticated {
                 problem: "the bearer token is not one that the worker accepts",
-            })
+            }),
         }
+    }
+
+    /// Returns the place of a token's caller.
+    fn by_token(&self, token: &[u8]) -> Option<u32> {
+        let given = hash(token);
+        let mut place = u32::MAX;
+        for (known, caller) in &self.tokens {
+            place.conditional_assign(caller, known.ct_eq(&given));
+        }
+        (place != u32::MAX).then_some(place)
     }
 }
 
@@ -150,10 +178,9 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        if let Some(tokens) = &self.tokens
-            && !request.uri().path().starts_with(OPEN)
-            && let Err(error) = tokens.get().check(request.headers())
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        if !request.uri().path().starts_with(OPEN)
+            && let Err(error) = identify(self.tokens.as_ref(), &mut request)
         {
             let peer = request.extensions().get::<Peer>();
             tracing::debug!(addr = ?peer.and_then(|peer| peer.addr), %error, "rejected a call");
@@ -161,6 +188,45 @@ where
         }
         AuthFuture::Passed(self.inner.call(request))
     }
+}
+
+/// Says who calls, to the log and to all that handle the call, or why the call
+/// may not pass.
+fn identify(
+    tokens: Option<&Latest<AcceptedTokens>>,
+    request: &mut Request<Body>,
+) -> Result<(), RequestError> {
+    let peer = request.extensions().get::<Peer>();
+    let certificate = peer.and_then(|peer| peer.certificate.as_ref());
+    let caller = match tokens {
+        Some(tokens) => tokens.get().check(request.headers(), certificate),
+        None => Ok(Caller::default()),
+    };
+    if let Some(shown) = shown(caller.as_ref().ok(), certificate) {
+        tracing::Span::current().record("caller", shown);
+    }
+    let caller = caller?;
+    let of_call = request.extensions().get::<Priority>().copied();
+    let of_call = of_call.unwrap_or(Priority::Interactive);
+    let asked = request.headers().contains_key(PRIORITY).then_some(of_call);
+    let class = caller.class(asked, of_call);
+    if let Some(slot) = request.extensions().get::<CallerSlot>() {
+        slot.fill(caller, class);
+    }
+    request.extensions_mut().insert(class);
+    Ok(())
+}
+
+/// Returns the caller as the log shows it: its name, or else the first name of
+/// its certificate, which nobody can take for a name of the tokens file.
+fn shown(caller: Option<&Caller>, certificate: Option<&ClientNames>) -> Option<String> {
+    let name = caller.map_or("", Caller::name);
+    if !name.is_empty() {
+        return Some(name.to_owned());
+    }
+    let subject = certificate?.iter().next()?;
+    let subject = Excerpt::of(subject).to_string();
+    Some(format!("cert={}", subject.escape_debug()))
 }
 
 /// Future of a call that may pass, or of its rejection. Not boxed, since every
@@ -193,50 +259,91 @@ mod tests {
 
     const TOKEN: &str = "0123456789abcdef";
 
+    fn tokens(text: &str) -> AcceptedTokens {
+        let file = TokensFile::parse(text.as_bytes(), true).expect("a tokens file");
+        AcceptedTokens::new(&file, &CallerRegistry::new(1))
+    }
+
+    /// Returns the names of a client whose certificate has these hosts.
+    fn certificate(hosts: &[&str]) -> ClientNames {
+        let hosts: Vec<String> = hosts.iter().map(|&host| host.to_owned()).collect();
+        let made = rcgen::generate_simple_self_signed(hosts).expect("a certificate");
+        ClientNames::of(made.cert.der())
+    }
+
     #[test]
-    fn files() {
-        let check = |content: &[u8], expected: Result<usize, &str>| match (
-            AcceptedTokens::parse(content),
-            expected,
-        ) {
-            (Ok(tokens), Ok(n)) => assert_eq!(tokens.0.len(), n),
-            (Err(error), Err(words)) => {
-                let text = format!("{error:#}");
-                assert!(text.contains(words), "{text}");
-                assert!(!text.contains("secret"), "{text}");
+    fn callers_have_the_names_of_their_tokens_or_certificates() {
+        let tokens = tokens(&format!(
+            "billing {TOKEN}-1\n{TOKEN}-2\nmesh cert=mesh.example\nmesh {TOKEN}-3"
+        ));
+        let check = |token: Option<&str>, hosts: Option<&[&str]>, expected: &str| {
+            let mut headers = HeaderMap::new();
+            if let Some(token) = token {
+                let value = format!("Bearer {TOKEN}-{token}");
+                headers.insert("authorization", value.parse().expect("a header value"));
             }
-            (got, _) => panic!("{content:?}: {got:?}"),
+            let certificate = hosts.map(certificate);
+            let got = match tokens.check(&headers, certificate.as_ref()) {
+                Ok(caller) => caller.name().to_owned(),
+                Err(error) => error.to_string(),
+            };
+            assert!(got.starts_with(expected), "{token:?}, {hosts:?}: {got}");
         };
-        check(TOKEN.as_bytes(), Ok(1));
-        let several = format!("# ours\n{TOKEN}\r\n\n  {TOKEN}x\n#{TOKEN}");
-        check(several.as_bytes(), Ok(2));
-        check(b"", Err("the file has no token"));
-        check(b"# secret only", Err("the file has no token"));
+        let mesh: Option<&[&str]> = Some(&["other.example", "mesh.example"]);
+        let stranger: Option<&[&str]> = Some(&["stranger.example"]);
+        check(Some("1"), None, "billing");
+        check(Some("2"), None, "");
+        check(Some("3"), stranger, "mesh");
+        check(None, mesh, "mesh");
+        check(Some("1"), mesh, "billing");
+        check(Some("2"), mesh, "mesh");
+        check(Some("9"), mesh, "mesh");
         check(
-            b"\nsecret",
-            Err("line 2: the token has 6 characters; make it 16"),
+            None,
+            stranger,
+            "authorization: the call has no bearer token",
         );
         check(
-            b"secret secret secret",
-            Err("line 1: a token must have only ASCII"),
+            Some("9"),
+            stranger,
+            "authorization: the bearer token is not",
         );
-        check("sécret-sécret-sécret".as_bytes(), Err("only ASCII"));
-        check(b"\xff", Err("not UTF-8 text"));
-        let many = format!("{TOKEN}\n").repeat(TOKENS_MAX + 1);
-        check(many.as_bytes(), Err("more than 256 tokens"));
+    }
+
+    #[test]
+    fn without_tokens_every_verified_client_may_call() {
+        let tokens = tokens("mesh cert=mesh.example");
+        let name = |host| {
+            let caller = tokens.check(&HeaderMap::new(), Some(&certificate(&[host])));
+            caller.expect("no token is needed").name().to_owned()
+        };
+        assert_eq!(name("mesh.example"), "mesh");
+        assert_eq!(name("stranger.example"), "");
+    }
+
+    #[test]
+    fn a_stranger_is_shown_as_a_certificate() {
+        let stranger = certificate(&["billing"]);
+        assert_eq!(
+            shown(None, Some(&stranger)).as_deref(),
+            Some("cert=billing")
+        );
+        let long = certificate(&[&"a".repeat(200)]);
+        let text = shown(Some(&Caller::default()), Some(&long)).expect("a name");
+        assert_eq!(text, format!("cert={}…", "a".repeat(64)));
+        assert_eq!(shown(Some(&Caller::default()), None), None);
     }
 
     #[test]
     fn calls() {
-        let tokens =
-            AcceptedTokens::parse(format!("another-{TOKEN}\n{TOKEN}").as_bytes()).expect("two");
+        let tokens = tokens(&format!("another-{TOKEN}\n{TOKEN}"));
         let check = |value: Option<&str>, expected: &str| {
             let mut headers = HeaderMap::new();
             if let Some(value) = value {
                 headers.insert("authorization", value.parse().expect("a header value"));
             }
-            let got = match tokens.check(&headers) {
-                Ok(()) => "fine".to_owned(),
+            let got = match tokens.check(&headers, None) {
+                Ok(_) => "fine".to_owned(),
                 Err(error) => error.to_string(),
             };
             assert!(got.contains(expected), "{value:?}: {got}");

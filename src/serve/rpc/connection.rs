@@ -76,10 +76,11 @@ impl ConnectionDriver {
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<BoxError> + Send + Sync,
     {
-        let peer = connection.peer;
+        let peer = connection.peer.clone();
+        let leaves_at = peer.leaves_at();
         let service = service.map_request(move |request: Request<Incoming>| {
             let mut request = request.map(Body::new);
-            request.extensions_mut().insert(peer);
+            request.extensions_mut().insert(peer.clone());
             request
         });
         let loose = Arc::default();
@@ -94,7 +95,7 @@ impl ConnectionDriver {
                 builder.serve_connection(TokioIo::new(TolerantStream::new(connection)), service);
             let mut driven = pin!(driven);
             let mut farewell = pin!(farewell.wait());
-            let mut old = pin!(deadline::passed(peer.leaves_at()));
+            let mut old = pin!(deadline::passed(leaves_at));
             let (mut has_gone, mut is_old) = (false, false);
             loop {
                 tokio::select! {

@@ -18,13 +18,14 @@ use tonic::{Code, Request, Status};
 use tracing::Instrument as _;
 
 use super::arriving::Arrived;
-use super::observe::{CallCourse, CallEnding, Deadline, InProgress};
+use super::calling::CallOrigin;
+use super::observe::{CallCourse, CallEnding, InProgress};
 use super::outcome_tally::OutcomeTally;
-use super::{WorkerService, convert, deadline, request_timeline, status};
+use super::{WorkerService, convert, deadline, status};
 use crate::imaging::{ImageInput, ImageRequest, PreprocessOptions, render};
 use crate::model::{CallTask, Model};
 use crate::proto;
-use crate::proto::{Priority, pb};
+use crate::proto::pb;
 use crate::serve::admission::{AdmissionCall, Bytes, PendingAnswers};
 use crate::serve::capacity::CapacityShare;
 use crate::serve::error::{RequestStage, StageError};
@@ -64,9 +65,13 @@ pub(super) fn open(
         });
     }
     let (_, extensions, request) = request.into_parts();
-    let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
-    let class = extensions.get().copied().unwrap_or(Priority::Interactive);
-    let timeline = request_timeline(&extensions);
+    let CallOrigin {
+        caller,
+        class,
+        deadline,
+        timeline,
+    } = CallOrigin::of(&extensions);
+    let timeline = timeline.request();
     let plan = Plan::new(request, service)?;
     let n_samples = plan.n_samples as usize;
     let side = service.model.side as usize;
@@ -91,6 +96,8 @@ pub(super) fn open(
     let arrived = extensions.get::<Arrived>().map(Arrived::take);
     let call = AdmissionCall {
         images,
+        caller: caller.clone(),
+        n_charged: n_samples,
         class,
         bytes: Bytes {
             request: convert::picture_bytes(&plan.picture),
@@ -103,7 +110,7 @@ pub(super) fn open(
     };
     let admission = &service.admission;
     let (places, (pending, pngs)) = admission
-        .samples(class, n_samples)
+        .samples(&caller, class, n_samples)
         .and_then(|places| Ok((places, admission.submit_with(call, n_samples * png_bytes)?)))
         .map_err(RequestError::from)
         .inspect_err(|error| tally.rest(status::code(error)))?;

@@ -29,7 +29,7 @@ use tokio_rustls::server::TlsStream;
 
 use self::places::{ConnectionPermit, ConnectionPermits, Leave, NoPlace, WAITING_MAX};
 use super::reload::Latest;
-use super::tls::Tls;
+use super::tls::{ClientNames, Tls};
 use crate::serve::metrics::{ConnectionOutcome, Metrics};
 
 pub(super) use self::places::{Guest, InUse, TooMany, WatchPermit};
@@ -194,6 +194,7 @@ impl ConnectionLimits {
         let addr = stream.peer_addr().ok();
         let deadline = tokio::time::Instant::now() + HANDSHAKE_TIMEOUT;
         let Leave { leave, mut cut } = leave;
+        let mut certificate = None;
         let stream = match &self.tls {
             None => Stream::Plain(stream),
             Some(tls) => {
@@ -203,7 +204,10 @@ impl ConnectionLimits {
                     _ = &mut cut => return None,
                 };
                 match shaken.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
-                    Ok(stream) => Stream::Tls(Box::new(stream)),
+                    Ok(stream) => {
+                        certificate = client_names(&stream);
+                        Stream::Tls(Box::new(stream))
+                    }
                     Err(error) => {
                         tracing::debug!(?addr, %error, "TLS handshake failed");
                         place.outcome = ConnectionOutcome::HandshakeFailed;
@@ -221,6 +225,7 @@ impl ConnectionLimits {
             }),
             peer: Peer {
                 addr,
+                certificate,
                 age: self.max_connection_age.map(jittered),
                 since: Instant::now(),
             },
@@ -233,9 +238,11 @@ impl ConnectionLimits {
 }
 
 /// Client of a connection, stored in the extensions of each request.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Peer {
     pub(super) addr: Option<SocketAddr>,
+    /// Names of the client by its verified certificate.
+    pub(super) certificate: Option<ClientNames>,
     /// Age at which the connection is asked to close.
     pub(super) age: Option<Duration>,
     since: Instant,
@@ -371,6 +378,12 @@ impl AsyncWrite for Connection {
             Stream::Tls(stream) => stream.is_write_vectored(),
         }
     }
+}
+
+/// Reads the names of a client whose certificate was verified.
+fn client_names(stream: &TlsStream<TcpStream>) -> Option<ClientNames> {
+    let (_, session) = stream.get_ref();
+    Some(ClientNames::of(session.peer_certificates()?.first()?))
 }
 
 /// Returns true if a failed accept concerns only the client that connected.

@@ -18,6 +18,7 @@ use tower::{Layer, Service};
 use tracing::Instrument as _;
 
 use super::arriving::{self, Arrived, MessageCompression, RequestFacts};
+use super::calling::CallerSlot;
 use super::leaving::{self, LeavingBody};
 use super::listen::Peer;
 use super::report::{self, CallReport};
@@ -25,6 +26,7 @@ use super::{deadline, status};
 use crate::excerpt::Excerpt;
 use crate::proto::codec::Growth;
 use crate::proto::{GrpcCode, Priority, RpcMethod};
+use crate::serve::caller::Caller;
 use crate::serve::capacity::{CapacityPool, CapacityShare};
 use crate::serve::error::{RequestStage, StageError};
 use crate::serve::metrics::Metrics;
@@ -41,7 +43,7 @@ const NAME_BYTES_MAX: usize = 4 << 10;
 /// used if there is one.
 const REQUEST_ID: &str = "x-request-id";
 /// Header with the name of a call's priority class.
-const PRIORITY: &str = "imagegpt-priority";
+pub(super) const PRIORITY: &str = "imagegpt-priority";
 /// Largest length of a caller's request id; a longer id is replaced, since the
 /// id is in every log line of the call.
 const REQUEST_ID_LEN_MAX: usize = 128;
@@ -68,6 +70,7 @@ impl ObserveLayer {
         mut request: Request<Body>,
         method: RpcMethod,
         class: Priority,
+        caller: &CallerSlot,
     ) -> Request<Body> {
         // The messages of a stream are counted one by one, by its handler.
         let is_stream = method.client_streams();
@@ -75,6 +78,7 @@ impl ObserveLayer {
         let arrival = RequestFacts {
             bytes: Some(self.bytes.clone()),
             class,
+            caller: caller.clone(),
             message_bytes_max: usize::try_from(self.request_bytes_max).unwrap_or(usize::MAX),
             compression: MessageCompression::take(request.headers_mut()),
             growth: Growth::of_method(method),
@@ -208,6 +212,7 @@ where
             let arrival = RequestFacts {
                 bytes: None,
                 class: Priority::Interactive,
+                caller: CallerSlot::default(),
                 message_bytes_max: NAME_BYTES_MAX,
                 compression: MessageCompression::take(request.headers_mut()),
                 growth: Growth::NONE,
@@ -228,14 +233,15 @@ where
             "call",
             method = method.name(),
             request_id = id.to_str().unwrap_or_default(),
-            trace_id = sampled_id.as_deref().unwrap_or(given_id)
+            trace_id = sampled_id.as_deref().unwrap_or(given_id),
+            caller = tracing::field::Empty
         );
         let timeline = CallTimeline::new(started, call_span, method.client_streams());
-        let class = class(request.headers(), method);
+        let caller = CallerSlot::default();
         let report = CallReport {
             timeline: timeline.clone(),
             method,
-            class: class.as_ref().ok().copied(),
+            caller: caller.clone(),
             peer: request.extensions().get::<Peer>().and_then(|p| p.addr),
             request_id: id.clone(),
             log_span: self.observe.access_log.then(|| span.clone()),
@@ -243,6 +249,7 @@ where
         let ending = CallEnding {
             metrics: self.observe.metrics.clone(),
             method,
+            caller: caller.clone(),
             started,
             code: Code::Cancelled,
             timeline: timeline.clone(),
@@ -250,14 +257,15 @@ where
         let deadline = deadline::of(request.headers(), started);
         let course = CallCourse::new(ending, self.observe.calls.enter(report));
         let request_bytes_max = self.observe.request_bytes_max;
-        let call = class.map(|class| {
-            let mut request = self.observe.arriving(request, method, class);
+        let call = class(request.headers(), method).map(|class| {
+            let mut request = self.observe.arriving(request, method, class, &caller);
             if method.client_streams() || method.server_streams() {
                 request.extensions_mut().insert(course.clone());
             }
             request.extensions_mut().insert(Deadline(deadline));
             request.extensions_mut().insert(class);
             request.extensions_mut().insert(timeline.clone());
+            request.extensions_mut().insert(caller);
             span.in_scope(|| self.inner.call(request))
         });
         Box::pin(
@@ -334,6 +342,7 @@ fn class(headers: &HeaderMap, method: RpcMethod) -> Result<Priority, RequestErro
 pub(super) struct CallEnding {
     metrics: Metrics,
     method: RpcMethod,
+    caller: CallerSlot,
     started: Instant,
     pub(super) code: Code,
     /// Times of the call, whose report is made later.
@@ -345,7 +354,8 @@ impl Drop for CallEnding {
         let elapsed = self.started.elapsed();
         let code = GrpcCode::from(self.code);
         self.timeline.ended(code);
-        self.metrics.request(self.method, code, elapsed);
+        let caller = self.caller.caller().map_or("", Caller::label);
+        self.metrics.request(self.method, code, caller, elapsed);
         match self.code {
             Code::Internal | Code::Unknown => tracing::warn!(%code, ?elapsed, "call failed"),
             _ => tracing::debug!(%code, ?elapsed, "call ended"),

@@ -16,8 +16,9 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
-use self::infer::{CallOrigin, PreparedInfer};
+use self::infer::PreparedInfer;
 use super::arriving::Arrived;
+use super::calling::CallOrigin;
 use super::observe::AnswerBytes;
 use super::{WorkerService, respond, status};
 use crate::excerpt::Excerpt;
@@ -63,7 +64,7 @@ impl Oip {
         let (_, extensions, request) = request.into_parts();
         let origin = CallOrigin::of(&extensions);
         let arrived = extensions.get::<Arrived>().map(Arrived::take);
-        PreparedInfer::new(self, request, &origin)?
+        PreparedInfer::new(self, request, origin)?
             .submit(self, arrived.unwrap_or_default())?
             .finish(self)
             .await

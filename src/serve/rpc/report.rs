@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use http::{HeaderName, HeaderValue};
 
+use super::calling::CallerSlot;
 use crate::proto::{GrpcCode, Priority, RpcMethod};
 use crate::serve::timeline::{CallStage, CallTimeline, CallTimes, ImageTimes};
 use crate::serve::trace::{CallContent, CallPart, SpanAttribute, number};
@@ -66,7 +67,7 @@ fn rounded(value: f64) -> f64 {
 pub(super) struct CallReport {
     pub(super) timeline: CallTimeline,
     pub(super) method: RpcMethod,
-    pub(super) class: Option<Priority>,
+    pub(super) caller: CallerSlot,
     pub(super) peer: Option<SocketAddr>,
     pub(super) request_id: HeaderValue,
     /// Span of the log, which names the method, the request id and the trace;
@@ -88,7 +89,7 @@ impl CallReport {
     }
 
     fn class(&self) -> &'static str {
-        self.class.map_or("", Priority::label)
+        self.caller.class().map_or("", Priority::label)
     }
 
     fn log(&self, times: &CallTimes) {
@@ -158,6 +159,14 @@ impl CallReport {
             SpanAttribute::new("imagegpt.class", self.class()),
             number("imagegpt.images", images),
         ];
+        if let Some(caller) = self
+            .caller
+            .caller()
+            .filter(|caller| !caller.name().is_empty())
+        {
+            let name = caller.name().to_owned();
+            attributes.push(SpanAttribute::new("imagegpt.caller", name));
+        }
         if let Ok(id) = self.request_id.to_str() {
             attributes.push(SpanAttribute::new("imagegpt.request_id", id.to_owned()));
         }

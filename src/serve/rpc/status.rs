@@ -56,7 +56,11 @@ fn stage_row(error: &StageError) -> (Code, &'static str) {
             _ => (Code::InvalidArgument, "IMAGE_INVALID"),
         },
         StageError::Full { .. } => (Code::ResourceExhausted, "WORKER_FULL"),
-        StageError::NeverFits { .. } => (Code::InvalidArgument, "NEVER_FITS"),
+        StageError::OverShare { .. } => (Code::ResourceExhausted, "OVER_SHARE"),
+        StageError::CallerLimit { .. } => (Code::ResourceExhausted, "CALLER_LIMIT"),
+        StageError::NeverFits { .. } | StageError::CallerNeverFits { .. } => {
+            (Code::InvalidArgument, "NEVER_FITS")
+        }
         StageError::DeadlineExceeded { .. } => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
         StageError::DeadlineTooShort { .. } => (Code::DeadlineExceeded, "DEADLINE_TOO_SHORT"),
         StageError::Cancelled { .. } => (Code::Cancelled, "CANCELLED"),
@@ -75,7 +79,12 @@ pub(super) fn code(error: &RequestError) -> Code {
 pub(super) fn of_call(error: &RequestError) -> Status {
     let (code, reason) = row(error);
     let mut details = ErrorDetails::with_error_info(reason, ERROR_DOMAIN, metadata(error));
-    if let RequestError::Stage(StageError::Full { retry_after, .. }) = error {
+    if let RequestError::Stage(
+        StageError::Full { retry_after, .. }
+        | StageError::OverShare { retry_after, .. }
+        | StageError::CallerLimit { retry_after, .. },
+    ) = error
+    {
         details.set_retry_info(Some(*retry_after));
     }
     Status::with_error_details(code, error.to_string(), details)
@@ -149,7 +158,7 @@ mod tests {
             items_answered: 3,
         };
         let engine = || StageError::from(EngineError::Runtime("secret path".to_owned()));
-        let rows: [(RequestError, Code, &str); 37] = [
+        let rows: [(RequestError, Code, &str); 40] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -291,6 +300,36 @@ mod tests {
                 .into(),
                 Code::ResourceExhausted,
                 "WORKER_FULL",
+            ),
+            (
+                StageError::OverShare {
+                    what: "images",
+                    flag: "--images-in-flight-max",
+                    retry_after: Duration::from_secs(1),
+                }
+                .into(),
+                Code::ResourceExhausted,
+                "OVER_SHARE",
+            ),
+            (
+                StageError::CallerLimit {
+                    caller: "a".into(),
+                    limit: "rate=1/s".to_owned(),
+                    retry_after: Duration::from_secs(1),
+                }
+                .into(),
+                Code::ResourceExhausted,
+                "CALLER_LIMIT",
+            ),
+            (
+                StageError::CallerNeverFits {
+                    caller: "a".into(),
+                    given: 2,
+                    max: 1,
+                }
+                .into(),
+                Code::InvalidArgument,
+                "NEVER_FITS",
             ),
             (
                 StageError::NeverFits {

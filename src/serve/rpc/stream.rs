@@ -29,17 +29,19 @@ use tracing::Instrument as _;
 
 use self::outbox::{Outbox, WindowPermit};
 use super::arriving::Arrived;
+use super::calling::CallOrigin;
 use super::embedding::Embedding;
 use super::listen::Peer;
-use super::observe::{CallCourse, CallEnding, Deadline, InProgress};
+use super::observe::{CallCourse, CallEnding, InProgress};
 use super::outcome_tally::OutcomeTally;
-use super::{WorkerService, arriving, call_timeline, convert, deadline, status};
+use super::{WorkerService, arriving, convert, deadline, status};
 use crate::engine::EngineFacts;
 use crate::model::{CallTask, Model};
 use crate::proto::codec::ScanMessage;
 use crate::proto::pb::embed_stream_request::Message;
 use crate::proto::{Priority, codec, pb};
 use crate::serve::admission::{Admission, Bytes, PendingAnswers, StreamItem};
+use crate::serve::caller::Caller;
 use crate::serve::config::LimitsConfig;
 use crate::serve::error::StageError;
 use crate::serve::job::Answer;
@@ -74,7 +76,12 @@ pub(super) fn open(
     let facts = service.facts()?;
     service.require(CallTask::Embed)?;
     let (_, extensions, requests) = request.into_parts();
-    let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
+    let CallOrigin {
+        caller,
+        class,
+        deadline,
+        timeline,
+    } = CallOrigin::of(&extensions);
     let arrived = extensions.get::<Arrived>().cloned().unwrap_or_default();
     let outbox = Arc::new(Outbox::new(arrived.clone()));
     let patience = DRAIN_PATIENCE_MAX.min(service.shutdown_grace_period / 2);
@@ -92,7 +99,8 @@ pub(super) fn open(
         readiness: service.readiness.clone(),
         limits: service.limits.clone(),
         leaves_at: extensions.get::<Peer>().and_then(Peer::leaves_at),
-        class: extensions.get().copied().unwrap_or(Priority::Bulk),
+        caller,
+        class,
         deadline,
         arrived,
         outbox: Arc::clone(&outbox),
@@ -101,7 +109,7 @@ pub(super) fn open(
         tally: OutcomeTally::new(service.metrics.clone(), deadline),
         _open: service.metrics.stream(),
         course,
-        timeline: call_timeline(&extensions),
+        timeline,
     };
     let session = session.run(requests, hurry).in_current_span();
     Ok(EmbedAnswers::new(outbox, session))
@@ -121,6 +129,7 @@ struct Session {
     /// Time at which the connection is asked to close, which it cannot do
     /// before the stream ends.
     leaves_at: Option<Instant>,
+    caller: Caller,
     class: Priority,
     deadline: Option<Instant>,
     /// Share of the latest message.
@@ -435,6 +444,7 @@ impl Session {
         let item = StreamItem {
             picture,
             work: plan.embedding.work(),
+            caller: self.caller.clone(),
             class: self.class,
             bytes: Bytes {
                 request,
@@ -447,8 +457,15 @@ impl Session {
         };
         let (outbox, admission) = (Arc::clone(&self.outbox), self.admission.clone());
         let bytes_max = plan.bytes_max;
+        let mut readiness = self.readiness.clone();
         Box::pin(async move {
             outbox.room(bytes, bytes_max).await;
+            // A worker that drains does not wait for a caller's rate: items that
+            // were read are answered before it ends.
+            tokio::select! {
+                () = item.caller.charge_when_due() => {}
+                () = readiness.drained() => {}
+            }
             let pending = admission.submit_when_room(item).await;
             let pending = pending.map_err(RequestError::from);
             Submitted { id, pending, bytes }

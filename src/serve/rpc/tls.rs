@@ -1,5 +1,6 @@
 //! TLS and mutual TLS, from files that may be replaced while the worker runs.
 
+mod names;
 mod validity;
 
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use crate::files::FlagFile;
 use crate::serve::metrics::ReloadedFile;
 use crate::serve::metrics::access::AccessMetrics;
 
+pub(super) use self::names::{ClientNames, SUBJECT_LEN_MAX};
 pub(super) use self::validity::NotValid;
 
 /// ALPN protocols, the preferred first: gRPC's, and the one of gRPC-Web, or of

@@ -61,6 +61,8 @@ mod proto {
 }
 
 mod serve {
+    pub(crate) use crate::fair;
+
     pub mod error {
         #[derive(Debug, Clone)]
         pub enum StageError {
@@ -83,10 +85,12 @@ mod serve {
 
         use crate::proto::Priority;
         use crate::serve::error::{StageError, RequestStage};
+        use crate::serve::fair::CallerId;
 
         /// Caller that counts its answers.
         #[derive(Debug)]
         pub struct Ticket {
+            pub caller: CallerId,
             pub class: Priority,
             pub deadline: Option<Instant>,
             pub gone: bool,
@@ -96,6 +100,7 @@ mod serve {
         impl Ticket {
             pub fn new(answers: &Arc<AtomicUsize>) -> Self {
                 Self {
+                    caller: CallerId::UNNAMED,
                     class: Priority::Bulk,
                     deadline: None,
                     gone: false,
@@ -130,6 +135,8 @@ mod serve {
 }
 
 // The files under test.
+#[path = "../../../src/serve/fair.rs"]
+mod fair;
 #[path = "../../../src/serve/preprocess/queue.rs"]
 mod queue;
 #[path = "../../../src/engine/stop.rs"]

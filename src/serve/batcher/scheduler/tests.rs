@@ -13,6 +13,7 @@ use crate::model::buckets::Buckets;
 use crate::model::graph::Graph;
 use crate::proto::Priority;
 use crate::serve::devices::DeviceIdx;
+use crate::serve::fair::CallerId;
 use crate::serve::metrics::BatchClose;
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
@@ -124,6 +125,7 @@ impl Checked {
                 self.next_item += 1;
                 self.n_pushed += 1;
                 let entry = QueuedWork {
+                    caller: CallerId::UNNAMED,
                     item,
                     arrived: self.now,
                     deadline,
@@ -331,6 +333,7 @@ fn simulate(binding: Binding, per_second: f64) -> (Duration, f64) {
         {
             arrivals.next();
             let entry = QueuedWork {
+                caller: CallerId::UNNAMED,
                 item: arrived,
                 arrived,
                 deadline: None,
@@ -472,6 +475,7 @@ fn mixed(
     while now < end {
         while next_arrival <= now {
             let entry = QueuedWork {
+                caller: CallerId::UNNAMED,
                 item: Priority::Interactive,
                 arrived: next_arrival,
                 deadline: None,
@@ -483,6 +487,7 @@ fn mixed(
         }
         while with_bulk && scheduler.queue.len_of(Priority::Bulk) < 64 {
             let entry = QueuedWork {
+                caller: CallerId::UNNAMED,
                 item: Priority::Bulk,
                 arrived: now,
                 deadline: None,
@@ -563,7 +568,7 @@ fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
     let (class, graph) = (Priority::Interactive, GRAPHS[0]);
     let at = |ms| start + MS(ms);
     let too_late = |scheduler: &Scheduler<u32>, deadline_ms| {
-        scheduler.too_late(class, graph, at(deadline_ms), start)
+        scheduler.too_late(class, graph, CallerId::UNNAMED, at(deadline_ms), start)
     };
     assert_eq!(too_late(&scheduler, 0), None, "nothing was measured");
     for (bucket, ms) in [(1, 100), (4, 250)] {
@@ -576,6 +581,7 @@ fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
     // Eight entries that go before it take two batches.
     for item in 0..8 {
         let entry = QueuedWork {
+            caller: CallerId::UNNAMED,
             item,
             arrived: start,
             deadline: Some(at(300)),
@@ -608,7 +614,15 @@ fn a_queue_that_runs_one_by_one_counts_one_by_one() {
             .queue
             .push(class, graph, entry(item, start, Some(start + MS(200))));
     }
-    let too_late = |deadline_ms| scheduler.too_late(class, graph, start + MS(deadline_ms), start);
+    let too_late = |deadline_ms| {
+        scheduler.too_late(
+            class,
+            graph,
+            CallerId::UNNAMED,
+            start + MS(deadline_ms),
+            start,
+        )
+    };
     assert_eq!(too_late(1000), Some(MS(100 * 100 + 100)));
     assert_eq!(too_late(100 * 100 + 100), None);
 }
@@ -684,6 +698,7 @@ fn nobody_waits_for_company_that_would_not_help() {
     let start = Instant::now();
     let push = |scheduler: &mut Scheduler<u32>| {
         let entry = QueuedWork {
+            caller: CallerId::UNNAMED,
             item: 0,
             arrived: start,
             deadline: None,
@@ -727,6 +742,7 @@ fn a_batch_is_made_small_enough_for_the_most_urgent() {
     }
     for (item, deadline_ms) in [(0, 160), (1, 1000), (2, 1000), (3, 1000)] {
         let entry = QueuedWork {
+            caller: CallerId::UNNAMED,
             item,
             arrived: start,
             deadline: Some(start + MS(deadline_ms)),
@@ -740,6 +756,7 @@ fn a_batch_is_made_small_enough_for_the_most_urgent() {
     assert!(picked.late.is_empty());
     // An entry that no size can serve is late and costs no run.
     let late = QueuedWork {
+        caller: CallerId::UNNAMED,
         item: 9,
         arrived: start,
         deadline: Some(start + MS(50)),
@@ -765,6 +782,7 @@ fn shared_time(rows: Priority, sequences: Priority) -> (Duration, Duration) {
     while now < start + Duration::from_secs(10) {
         while scheduler.queue.len_of(rows) < 2 {
             let entry = QueuedWork {
+                caller: CallerId::UNNAMED,
                 item: (),
                 arrived: now,
                 deadline: None,
@@ -814,6 +832,7 @@ fn steps_get_their_share_beside_a_caller_that_comes_back() {
     while now < start + Duration::from_secs(10) {
         if is_back && scheduler.queue.len_of(Priority::Bulk) == 0 {
             let entry = QueuedWork {
+                caller: CallerId::UNNAMED,
                 item: (),
                 arrived: now,
                 deadline: None,
@@ -873,6 +892,7 @@ fn a_step_does_not_wait_for_a_batch_to_fill() {
     let mut scheduler = Scheduler::<()>::new(policy(4), 1);
     let now = Instant::now();
     let entry = QueuedWork {
+        caller: CallerId::UNNAMED,
         item: (),
         arrived: now,
         deadline: None,
@@ -896,6 +916,7 @@ const OTHER: DeviceIdx = DeviceIdx(1);
 
 fn entry<T>(item: T, arrived: Instant, deadline: Option<Instant>) -> QueuedWork<T> {
     QueuedWork {
+        caller: CallerId::UNNAMED,
         item,
         arrived,
         deadline,
@@ -908,7 +929,13 @@ fn two_engines_take_from_one_queue_half_as_long() {
     let start = Instant::now();
     let (class, graph) = (Priority::Interactive, GRAPHS[0]);
     let too_late = |scheduler: &Scheduler<u32>, deadline_ms, now| {
-        scheduler.too_late(class, graph, start + MS(deadline_ms), now)
+        scheduler.too_late(
+            class,
+            graph,
+            CallerId::UNNAMED,
+            start + MS(deadline_ms),
+            now,
+        )
     };
     for (bucket, ms) in [(1, 100), (4, 250)] {
         scheduler
@@ -1083,6 +1110,7 @@ fn a_batch_knows_since_when_it_was_possible() {
     let at = |ms| start + MS(ms);
     let push = |scheduler: &mut Scheduler<u32>, arrived| {
         let entry = QueuedWork {
+            caller: CallerId::UNNAMED,
             item: 0,
             arrived,
             deadline: None,

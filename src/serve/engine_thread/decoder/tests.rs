@@ -7,6 +7,7 @@ use tokio::sync::oneshot;
 
 use super::*;
 use crate::engine::fake::{FakeEngine, FakeSequences, Script};
+use crate::serve::fair::CallerId;
 use crate::serve::generate::{GenerateRequest, KeptPixels};
 use crate::serve::job::{Answer, Permit, Reply, Ticket};
 use crate::serve::sequence::Sampling;
@@ -43,6 +44,7 @@ fn bench(n_slots: usize, can_copy: bool, script: Script) -> Bench {
 fn sequence(primer: &[u16], deadline: Option<Instant>) -> (Sequence, Outcome) {
     let (reply, outcome) = Reply::new();
     let ticket = Ticket {
+        caller: CallerId::UNNAMED,
         class: Priority::Interactive,
         deadline,
         entered_at: Instant::now(),

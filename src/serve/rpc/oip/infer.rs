@@ -17,17 +17,18 @@ use crate::model::head::LinearHead;
 use crate::proto::inference::infer_parameter::ParameterChoice;
 use crate::proto::inference::model_infer_response::InferOutputTensor;
 use crate::proto::inference::{InferParameter, ModelInferRequest, ModelInferResponse};
-use crate::proto::{GrpcCode, Priority, pb};
+use crate::proto::{GrpcCode, pb};
 use crate::serve::capacity::CapacityShare;
 use crate::serve::error::{RequestStage, StageError};
 use crate::serve::job::{Answer, RequestedWork};
+use crate::serve::rpc::calling::CallOrigin;
 use crate::serve::rpc::embedding::Embedding;
 use crate::serve::rpc::error::RequestError;
-use crate::serve::rpc::observe::{AnswerBytes, Deadline};
+use crate::serve::rpc::observe::AnswerBytes;
 use crate::serve::rpc::{
-    Ask, Submitted, WorkerService, call_bytes, call_timeline, convert, heads, report, status,
+    Ask, Submitted, WorkerService, call_bytes, convert, heads, report, status,
 };
-use crate::serve::timeline::{CallStage, CallTimeline, ImageTimes, RequestTimeline};
+use crate::serve::timeline::{CallStage, ImageTimes, RequestTimeline};
 
 pub(super) const EMBEDDING: &str = "embedding";
 pub(super) const LAST_HIDDEN_STATE: &str = "last_hidden_state";
@@ -43,24 +44,6 @@ const STATUS: &str = "status";
 /// Parameter that marks the only response to a request of a stream, if the
 /// request asks for the mark.
 const FINAL: &str = "triton_final_response";
-
-/// Priority class and deadline that a request inherits from its call.
-#[derive(Debug, Clone)]
-pub(super) struct CallOrigin {
-    pub(super) class: Priority,
-    pub(super) deadline: Option<Instant>,
-    pub(super) timeline: CallTimeline,
-}
-
-impl CallOrigin {
-    pub(super) fn of(extensions: &tonic::Extensions) -> Self {
-        Self {
-            class: extensions.get().copied().unwrap_or(Priority::Interactive),
-            deadline: extensions.get::<Deadline>().and_then(|deadline| deadline.0),
-            timeline: call_timeline(extensions),
-        }
-    }
-}
 
 /// Output that a request asks for.
 #[derive(Debug)]
@@ -107,8 +90,7 @@ struct Plan {
     marks_final: bool,
     /// Options of preprocessing that a linear head decides.
     of_head: Option<PreprocessOptions>,
-    class: Priority,
-    deadline: Option<Instant>,
+    origin: CallOrigin,
     timeline: RequestTimeline,
 }
 
@@ -133,7 +115,7 @@ impl PreparedInfer {
     pub(super) fn new(
         oip: &Oip,
         mut request: ModelInferRequest,
-        origin: &CallOrigin,
+        origin: CallOrigin,
     ) -> Result<Self, RequestError> {
         let timeline = origin.timeline.request().apart();
         let service = &*oip.0;
@@ -167,8 +149,13 @@ impl PreparedInfer {
                 status_at,
                 marks_final: manner.marks_final,
                 of_head,
-                class: manner.class.unwrap_or(origin.class),
-                deadline,
+                origin: CallOrigin {
+                    class: manner.class.map_or(origin.class, |asked| {
+                        origin.caller.class(Some(asked), origin.class)
+                    }),
+                    deadline,
+                    ..origin
+                },
                 timeline,
             },
             pictures,
@@ -191,8 +178,7 @@ impl PreparedInfer {
         let submitted = oip.0.submit(
             self.pictures,
             &self.asks,
-            plan.class,
-            plan.deadline,
+            plan.origin.clone(),
             arrived,
             plan.timeline.clone(),
         )?;
@@ -208,7 +194,7 @@ impl RunningInfer {
     ) -> Result<(ModelInferResponse, AnswerBytes), RequestError> {
         let (plan, submitted) = (self.plan, self.submitted);
         let outcomes = async {
-            match plan.deadline {
+            match plan.origin.deadline {
                 Some(deadline) => tokio::time::timeout_at(deadline.into(), submitted.outcomes())
                     .await
                     .unwrap_or(Err(StageError::DeadlineExceeded {

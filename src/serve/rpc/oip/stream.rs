@@ -18,13 +18,14 @@ use tonic::{Code, Request, Status, Streaming};
 use tracing::Instrument as _;
 
 use super::Oip;
-use super::infer::{CallOrigin, PreparedInfer};
+use super::infer::PreparedInfer;
 use crate::proto::GrpcCode;
 use crate::proto::inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
 use crate::serve::capacity::CapacityShare;
 use crate::serve::error::StageError;
 use crate::serve::metrics::StreamOpen;
 use crate::serve::rpc::arriving::Arrived;
+use crate::serve::rpc::calling::CallOrigin;
 use crate::serve::rpc::error::{RequestError, StreamEnd};
 use crate::serve::rpc::listen::Peer;
 use crate::serve::rpc::observe::{AnswerBytes, CallCourse, CallEnding, InProgress};
@@ -55,11 +56,11 @@ pub(super) fn open(oip: &Oip, request: Request<Requests>) -> Result<InferAnswers
     let bytes_max = service.admission.bytes().size_for(origin.class) / STREAM_BYTES_PART;
     let session = Session {
         leaves_at: extensions.get::<Peer>().and_then(Peer::leaves_at),
-        origin,
         arrived,
         outbox: Arc::clone(&outbox),
         window: service.limits.stream_window_max as usize,
         bytes_max,
+        origin,
         n_read: 0,
         _open: service.metrics.stream(),
         course: extensions.get::<CallCourse>().and_then(CallCourse::take),
@@ -188,7 +189,7 @@ impl Session {
         let arrived = Instant::now();
         let share = self.arrived.take();
         let id = request.id.clone();
-        let prepared = PreparedInfer::new(&self.oip, request, &self.origin);
+        let prepared = PreparedInfer::new(&self.oip, request, self.origin.clone());
         let bytes = prepared.as_ref().map_or(0, PreparedInfer::bytes);
         let (outbox, bytes_max) = (Arc::clone(&self.outbox), self.bytes_max);
         Box::pin(async move {
