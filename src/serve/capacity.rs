@@ -200,7 +200,7 @@ impl CapacityPool {
     ) -> Result<CapacityShare, NoRoom> {
         let claim = claim.into();
         let mut state = self.lock();
-        state.asks(claim.caller, Instant::now());
+        state.asks(claim.caller, Instant::now);
         let parts = state.try_take(&self.0, claim, n)?;
         drop(state);
         Ok(self.share(claim, parts))
@@ -220,7 +220,7 @@ impl CapacityPool {
         let (granted, share) = oneshot::channel();
         let number = {
             let mut state = self.lock();
-            state.asks(claim.caller, Instant::now());
+            state.asks(claim.caller, Instant::now);
             if let Ok(parts) = state.try_take(&self.0, claim, n) {
                 drop(state);
                 return self.share(claim, parts);
@@ -269,7 +269,13 @@ impl CapacityPool {
 
 impl State {
     /// Notes that a caller asks, and forgets those that have not asked lately.
-    fn asks(&mut self, caller: CallerId, now: Instant) {
+    fn asks(&mut self, caller: CallerId, now: impl FnOnce() -> Instant) {
+        // Where no caller has a name, nobody asks when one asked last.
+        let is_alone = self.holdings.len() == 1 && self.holdings.contains_key(&caller);
+        if caller == CallerId::UNNAMED && is_alone {
+            return;
+        }
+        let now = now();
         let holding = self.holdings.entry(caller).or_insert(Holding {
             n: 0,
             asked_at: now,

@@ -130,19 +130,20 @@ impl ImageTimeline {
     /// Leaves the times with the request, now that the image is answered by a
     /// run, or without one.
     pub(crate) fn answered(self, run: Option<&ModelRun>) {
-        let now = Instant::now();
         let call = &self.request.call.0;
         let sampled = call.span.as_ref();
         // A stage that was not reached takes no time, and the stage before it
         // lasted until the answer. An image that joined a run in progress has
         // been in no queue.
-        let taken = self.taken.unwrap_or(now);
-        let tokenized = self.tokenized.unwrap_or(now);
         let (run_began, run_ended) = match (run, self.generation_began) {
             (Some(run), _) => (run.began, run.ended),
-            (None, Some(began)) => (began, now),
-            (None, None) => (now, now),
+            (None, began) => {
+                let now = Instant::now();
+                (began.unwrap_or(now), now)
+            }
         };
+        let taken = self.taken.unwrap_or(run_ended);
+        let tokenized = self.tokenized.unwrap_or(run_ended);
         let run_began = run_began.max(tokenized);
         let batch = run.and_then(|run| run.span.as_ref());
         let times = ImageTimes {

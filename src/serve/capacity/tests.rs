@@ -160,7 +160,9 @@ fn callers_that_have_not_asked_lately_do_not_count() {
     let (of_unnamed, _) = take_all(&pool, unnamed);
     assert_eq!(of_unnamed.len(), 70);
     let mut state = pool.lock();
-    state.asks(CallerId::UNNAMED, Instant::now() + LATELY + FORGET_INTERVAL);
+    state.asks(CallerId::UNNAMED, || {
+        Instant::now() + LATELY + FORGET_INTERVAL
+    });
     assert_eq!(state.holdings.len(), 1);
     drop(state);
     let (rest, _) = take_all(&pool, unnamed);

@@ -16,7 +16,7 @@ use tonic::body::Body;
 use tower::{Layer, Service};
 
 use self::file::TokensFile;
-use super::calling::CallerSlot;
+use super::calling::CallFacts;
 use super::listen::Peer;
 use super::observe::PRIORITY;
 use super::reload::{Follower, Latest, open};
@@ -24,7 +24,6 @@ use super::status;
 use super::tls::ClientNames;
 use crate::excerpt::Excerpt;
 use crate::files::FlagFile;
-use crate::proto::Priority;
 use crate::serve::caller::{Caller, CallerRegistry};
 use crate::serve::metrics::ReloadedFile;
 use crate::serve::rpc::error::RequestError;
@@ -178,9 +177,9 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
         if !request.uri().path().starts_with(OPEN)
-            && let Err(error) = identify(self.tokens.as_ref(), &mut request)
+            && let Err(error) = identify(self.tokens.as_ref(), &request)
         {
             let peer = request.extensions().get::<Peer>();
             tracing::debug!(addr = ?peer.and_then(|peer| peer.addr), %error, "rejected a call");
@@ -194,7 +193,7 @@ where
 /// may not pass.
 fn identify(
     tokens: Option<&Latest<AcceptedTokens>>,
-    request: &mut Request<Body>,
+    request: &Request<Body>,
 ) -> Result<(), RequestError> {
     let peer = request.extensions().get::<Peer>();
     let certificate = peer.and_then(|peer| peer.certificate.as_ref());
@@ -206,14 +205,11 @@ fn identify(
         tracing::Span::current().record("caller", shown);
     }
     let caller = caller?;
-    let of_call = request.extensions().get::<Priority>().copied();
-    let of_call = of_call.unwrap_or(Priority::Interactive);
-    let asked = request.headers().contains_key(PRIORITY).then_some(of_call);
-    let class = caller.class(asked, of_call);
-    if let Some(slot) = request.extensions().get::<CallerSlot>() {
-        slot.fill(caller, class);
+    if let Some(facts) = request.extensions().get::<CallFacts>() {
+        let has_asked = request.headers().contains_key(PRIORITY);
+        let class = caller.class(has_asked.then_some(facts.class), facts.class);
+        facts.caller.fill(caller, class);
     }
-    request.extensions_mut().insert(class);
     Ok(())
 }
 

@@ -9,7 +9,6 @@ use std::time::Instant;
 
 use tonic::Extensions;
 
-use super::observe::Deadline;
 use crate::proto::Priority;
 use crate::serve::caller::Caller;
 use crate::serve::capacity::CapacityClaim;
@@ -55,6 +54,17 @@ impl CallerSlot {
     }
 }
 
+/// Facts about a call that its handler finds in the extensions of the request.
+#[derive(Debug, Clone)]
+pub(super) struct CallFacts {
+    pub(super) caller: CallerSlot,
+    /// Class for which the call asks, or that of its method.
+    pub(super) class: Priority,
+    /// Time by which the call must be answered, if the caller set one.
+    pub(super) deadline: Option<Instant>,
+    pub(super) timeline: CallTimeline,
+}
+
 /// Caller, class, deadline and times of the call that work belongs to.
 #[derive(Debug, Clone)]
 pub(super) struct CallOrigin {
@@ -67,19 +77,20 @@ pub(super) struct CallOrigin {
 impl CallOrigin {
     /// Reads the origin of a call from the extensions of its request.
     pub(super) fn of(extensions: &Extensions) -> Self {
-        let slot = extensions.get::<CallerSlot>();
+        let Some(facts) = extensions.get::<CallFacts>() else {
+            // Every call that reaches a handler has them.
+            return Self {
+                caller: Caller::default(),
+                class: Priority::Interactive,
+                deadline: None,
+                timeline: CallTimeline::new(Instant::now(), None, false),
+            };
+        };
         Self {
-            caller: slot
-                .and_then(CallerSlot::caller)
-                .cloned()
-                .unwrap_or_default(),
-            class: extensions.get().copied().unwrap_or(Priority::Interactive),
-            deadline: extensions.get::<Deadline>().and_then(|deadline| deadline.0),
-            // Every call that is counted has one.
-            timeline: extensions
-                .get::<CallTimeline>()
-                .cloned()
-                .unwrap_or_else(|| CallTimeline::new(Instant::now(), None, false)),
+            caller: facts.caller.caller().cloned().unwrap_or_default(),
+            class: facts.caller.class().unwrap_or(facts.class),
+            deadline: facts.deadline,
+            timeline: facts.timeline.clone(),
         }
     }
 }

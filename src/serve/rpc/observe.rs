@@ -18,7 +18,7 @@ use tower::{Layer, Service};
 use tracing::Instrument as _;
 
 use super::arriving::{self, Arrived, MessageCompression, RequestFacts};
-use super::calling::CallerSlot;
+use super::calling::{CallFacts, CallerSlot};
 use super::leaving::{self, LeavingBody};
 use super::listen::Peer;
 use super::report::{self, CallReport};
@@ -146,11 +146,6 @@ impl Drop for InProgress {
     }
 }
 
-/// Time by which a call must be answered, if the caller set one; handlers find
-/// it in the extensions of the request.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Deadline(pub(super) Option<Instant>);
-
 /// Guards of a call: its metrics and its place among the calls in progress. The
 /// layer ends a unary call with its response; a stream, whose code comes last,
 /// takes both guards and ends the call itself.
@@ -262,10 +257,12 @@ where
             if method.client_streams() || method.server_streams() {
                 request.extensions_mut().insert(course.clone());
             }
-            request.extensions_mut().insert(Deadline(deadline));
-            request.extensions_mut().insert(class);
-            request.extensions_mut().insert(timeline.clone());
-            request.extensions_mut().insert(caller);
+            request.extensions_mut().insert(CallFacts {
+                caller,
+                class,
+                deadline,
+                timeline: timeline.clone(),
+            });
             span.in_scope(|| self.inner.call(request))
         });
         Box::pin(
