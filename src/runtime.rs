@@ -2,8 +2,10 @@
 //! the profiles of their runs.
 
 pub(crate) mod arena;
+pub(crate) mod capture;
 pub(crate) mod cuda;
 pub mod error;
+pub(crate) mod failure;
 pub mod library;
 pub(crate) mod load;
 pub mod operators;
@@ -151,6 +153,7 @@ impl Runtime {
             builder = builder.with_env_allocators()?;
         }
         if self.provider == Provider::Cuda {
+            library::check_for_cuda().map_err(ort::Error::new)?;
             library::preload_cuda();
             let mut cuda = ep::CUDA::default()
                 .with_device_id(self.device_id)

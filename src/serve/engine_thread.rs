@@ -25,7 +25,7 @@ use super::devices::{DeviceIdx, DeviceReports};
 use super::handoff::{
     Batch, BatchUnit, EngineNotice, EngineSlot, EngineTurn, FinishedRun, PendingReplies,
 };
-use crate::engine::{BatchRow, Engine, EngineFactory, GraphRun, RunStop};
+use crate::engine::{BatchRow, CanaryOutcome, Engine, EngineFactory, GraphRun, RunStop};
 use crate::model::buckets::Buckets;
 use crate::model::graph::Graph;
 use crate::runtime::error::EngineError;
@@ -76,6 +76,7 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
         largest,
         runs: Vec::new(),
         replies: Vec::new(),
+        has_left: false,
     };
     match life.live() {
         Ok(()) => reports.ended(device),
@@ -120,6 +121,10 @@ struct Life {
     runs: Vec<FinishedRun>,
     /// Answers that are computed and not yet sent.
     replies: Vec<PendingReplies>,
+    /// True if a part of the batch was left uncomputed because it was told to
+    /// stop. A run that ends before it notices the request was not stopped, nor
+    /// was a captured run, which cannot be.
+    has_left: bool,
 }
 
 impl Life {
@@ -165,7 +170,8 @@ impl Life {
         self.engine.turn(batch.possible_since);
         self.runner.stop.begin(batch.id);
         let outcome = self.attempt(batch.graph, batch.bucket, &batch.units);
-        if self.runner.stop.end() {
+        self.runner.stop.end();
+        if std::mem::take(&mut self.has_left) {
             self.runner.metrics.stopped();
         }
         outcome.inspect_err(|error| {
@@ -227,8 +233,11 @@ impl Life {
     fn canary(&mut self) -> Result<(), EngineError> {
         let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| self.engine.canary()))
             .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))));
+        if matches!(outcome, Ok(CanaryOutcome::Skipped)) {
+            return Ok(());
+        }
         self.runner.metrics.canary(outcome.is_ok());
-        outcome.map_err(|error| match error {
+        outcome.map(drop).map_err(|error| match error {
             EngineError::Panicked(_) => error,
             // Only the device can be at fault, since this input was computed
             // correctly before.
@@ -402,7 +411,8 @@ impl Life {
 
     /// Answers the remaining callers of a stopped run, for which no caller was
     /// waiting any more.
-    fn leave(&self, units: &[BatchUnit]) {
+    fn leave(&mut self, units: &[BatchUnit]) {
+        self.has_left = true;
         let stage = RequestStage::Engine;
         for unit in units {
             let dropped = |error: &StageError| self.runner.metrics.dead(error);

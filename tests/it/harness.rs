@@ -8,7 +8,8 @@ use clap::Parser;
 use imagegpt::engine::fake::{FakeEngine, Script};
 use imagegpt::engine::onnx::OnnxOptions;
 use imagegpt::engine::{
-    Engine, EngineFactory, EngineFacts, GraphRun, RunSpan, RunStop, SlotFeed, WarmRun,
+    CanaryOutcome, Engine, EngineFactory, EngineFacts, GraphRun, RunSpan, RunStop, SlotFeed,
+    WarmRun,
 };
 use imagegpt::model::Model;
 use imagegpt::model::buckets::Buckets;
@@ -142,7 +143,11 @@ impl Engine for Altered {
         self.engine.copy_slot(from, to, n)
     }
 
-    fn canary(&mut self) -> Result<(), EngineError> {
+    fn clear_slot(&mut self, slot: usize) -> Result<(), EngineError> {
+        self.engine.clear_slot(slot)
+    }
+
+    fn canary(&mut self) -> Result<CanaryOutcome, EngineError> {
         self.engine.canary()
     }
 
