@@ -227,14 +227,16 @@ pub trait Engine {
     /// be fed to the slot again.
     fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool;
 
-    /// Sets the key/value cache of a slot to zero, so that numbers that are not
-    /// finite never meet the next sequence in the slot: a kernel may multiply
-    /// keys and values after a sequence's end by zero, and 0 × NaN is NaN.
+    /// Sets all numbers of a slot's key/value cache. Zero keeps numbers that are
+    /// not finite from the next sequence in the slot: a kernel may multiply keys
+    /// and values after a sequence's end by zero, and 0 × NaN is NaN. Other
+    /// numbers show in measurements whether a kernel does.
     ///
     /// # Errors
     ///
-    /// When the slot could not be cleared; then it must not be used again.
-    fn clear_slot(&mut self, slot: usize) -> Result<(), EngineError>;
+    /// When the slot could not be filled, after which it must not be used again,
+    /// or when its cache cannot hold the number.
+    fn fill_slot(&mut self, slot: usize, number: f32) -> Result<(), EngineError>;
 
     /// Computes a row whose answer is known, to check that the device still
     /// works.

@@ -307,8 +307,8 @@ impl Engine for FakeEngine {
         can
     }
 
-    fn clear_slot(&mut self, slot: usize) -> Result<(), EngineError> {
-        self.spoiled[slot] = false;
+    fn fill_slot(&mut self, slot: usize, number: f32) -> Result<(), EngineError> {
+        self.spoiled[slot] = !number.is_finite();
         Ok(())
     }
 

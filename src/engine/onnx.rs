@@ -34,7 +34,7 @@ use crate::runtime::capture::{CAPTURES, CaptureLock};
 use crate::runtime::error::{EngineError, runtime};
 use crate::runtime::failure::{Failures, leak_if_lost};
 use crate::runtime::load::Loader;
-use crate::runtime::{Residence, Runtime, arena, library, operators};
+use crate::runtime::{GpuAttention, Residence, Runtime, arena, library, operators};
 
 pub use crate::runtime::library::{LIBRARY, LIBRARY_FOLDER, environment, find_library};
 pub use crate::runtime::probe::probe;
@@ -85,6 +85,8 @@ pub struct OnnxOptions {
     /// True if runs on a GPU are captured as CUDA graphs where this is
     /// possible.
     pub cuda_graphs: bool,
+    /// Kernel of attention over the key/value cache on a GPU.
+    pub generate_attention: GpuAttention,
 }
 
 /// Engine that runs a model in ONNX Runtime.
@@ -239,6 +241,7 @@ impl OnnxEngine {
             bytes_max: options.generate_bytes_max,
             positions: options.positions,
             n_colors: options.n_colors,
+            attention: options.generate_attention,
         };
         let load = |cuda_graphs| {
             self.sequences = None;
@@ -573,6 +576,7 @@ fn runtime_of(
         shares_arena: false,
         gpu_memory_limit: options.gpu_memory_limit.filter(|_| is_cuda),
         cuda_graphs: options.cuda_graphs && is_cuda,
+        attention: GpuAttention::Auto,
     })
 }
 
@@ -621,11 +625,11 @@ impl Engine for OnnxEngine {
         sequences.is_some_and(|sequences| sequences.copy_slot(from, to, n))
     }
 
-    fn clear_slot(&mut self, slot: usize) -> Result<(), EngineError> {
+    fn fill_slot(&mut self, slot: usize, number: f32) -> Result<(), EngineError> {
         self.sequences
             .as_mut()
             .ok_or_else(|| no_graph(Graph::Generate))?
-            .clear_slots(slot, 1)
+            .fill_slots(slot, 1, number)
             .map_err(|error| self.failures.judge(error))
     }
 
@@ -759,6 +763,7 @@ mod tests {
             generate_bytes_max: 0,
             gpu_memory_limit: None,
             cuda_graphs: false,
+            generate_attention: GpuAttention::Auto,
         }
     }
 

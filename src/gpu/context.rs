@@ -257,7 +257,7 @@ mod tests {
     }
 
     /// Long enough for any thread to begin.
-    const LONG: Duration = Duration::from_secs(60);
+    const LONG: Duration = Duration::from_mins(1);
 
     #[test]
     fn a_context_that_repeats_an_error_is_lost() {
@@ -305,7 +305,7 @@ mod tests {
         assert_eq!(reason, "the NVIDIA driver did not answer within 0.02 s");
         // The second question makes no second thread, or this would take an
         // hour.
-        let again = asker.ask(0, Duration::from_secs(3600));
+        let again = asker.ask(0, Duration::from_hours(1));
         assert!(matches!(again, ContextState::Lost(_)), "{again:?}");
     }
 }

@@ -17,6 +17,7 @@ use imagegpt::model::head::LinearHead;
 use imagegpt::model::precision::ProviderChoice;
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
+use imagegpt::runtime::GpuAttention;
 use imagegpt::runtime::error::EngineError;
 use imagegpt::runtime::library::find_library;
 use imagegpt::serve::config::ServeConfig;
@@ -143,8 +144,8 @@ impl Engine for Altered {
         self.engine.copy_slot(from, to, n)
     }
 
-    fn clear_slot(&mut self, slot: usize) -> Result<(), EngineError> {
-        self.engine.clear_slot(slot)
+    fn fill_slot(&mut self, slot: usize, number: f32) -> Result<(), EngineError> {
+        self.engine.fill_slot(slot, number)
     }
 
     fn canary(&mut self) -> Result<CanaryOutcome, EngineError> {
@@ -178,6 +179,7 @@ pub(crate) fn onnx_options(model: Model) -> OnnxOptions {
         generate_bytes_max: 0,
         gpu_memory_limit: None,
         cuda_graphs: false,
+        generate_attention: GpuAttention::Auto,
     }
 }
 

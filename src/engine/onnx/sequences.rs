@@ -7,9 +7,9 @@
 //! and copies nothing. These views are bound once for each range of slots that
 //! is ever run; only a few integers change from step to step.
 //!
-//! On a GPU a step always runs with all slots, since fewer rows would hardly
-//! save time. With CUDA graphs this step is captured, and then its inputs and
-//! outputs stay in the device's memory as well.
+//! On a GPU a step always runs with all slots, whose inputs and outputs are in
+//! the device's memory, so that it can be captured as one CUDA graph. A step of
+//! few slots would take less time: see benches/GPU.md.
 //!
 //! The attention operator of the graph chooses the order of numbers within a
 //! head; all operators keep whole blocks of [`BLOCK`] positions one after
@@ -40,7 +40,7 @@ use crate::model::graph::{Graph, PREFIXES};
 use crate::model::precision::Provider;
 use crate::runtime::error::{EngineError, runtime};
 use crate::runtime::load::Loader;
-use crate::runtime::{Residence, Runtime, placement};
+use crate::runtime::{GpuAttention, Residence, Runtime, placement};
 
 /// Number of tokens of a primer that are fed in one run on a CPU. Such a run
 /// takes about as long as a few steps of imagegpt-small, so that it hardly
@@ -57,10 +57,10 @@ const SLOTS_MAX: usize = 1 << 16;
 /// tokens would not fill.
 const CHUNK_CUDA: usize = 256;
 
-/// Size of the zeros that are copied at a time to clear slots: large enough that
+/// Size of what is copied at a time to fill slots: large enough that
 /// launching the copies takes less time than they do, and small beside any
 /// cache.
-const ZEROS_BYTES_MAX: usize = 16 << 20;
+const FILLING_BYTES_MAX: usize = 16 << 20;
 
 /// Inputs of a step that change from step to step.
 const STEP_INPUTS: [&str; 3] = ["input_ids", "position_ids", "seqlens_k"];
@@ -76,6 +76,7 @@ pub(super) struct SequenceOptions {
     pub(super) bytes_max: usize,
     pub(super) positions: usize,
     pub(super) n_colors: usize,
+    pub(super) attention: GpuAttention,
 }
 
 /// Engine of generation, with a key/value cache that is updated in place.
@@ -151,6 +152,7 @@ impl SequenceEngine {
         // fast, and give each row the same bits whatever the other rows are.
         let packed = Runtime {
             residence: Residence::Packed,
+            attention: options.attention,
             ..runtime_.clone()
         };
         let session = loader.session(&packed, path)?;
@@ -215,7 +217,7 @@ impl SequenceEngine {
     /// Allocates the key/value cache and binds the step of all slots.
     pub(super) fn prepare(&mut self) -> Result<(), EngineError> {
         self.allocate()?;
-        self.clear_slots(0, self.n_buffers())?;
+        self.fill_slots(0, self.n_buffers(), 0.0)?;
         if self.has_one_size {
             self.step = Some(self.step()?);
         }
@@ -264,37 +266,47 @@ impl SequenceEngine {
         Allocator::new(&self.session, self.memory.clone()).map_err(runtime)
     }
 
-    /// Sets the keys and values of `n` slots from `first` on to zero. Memory of
-    /// a device is not zero when it is allocated.
-    pub(super) fn clear_slots(&mut self, first: usize, n: usize) -> Result<(), EngineError> {
+    /// Sets the keys and values of `n` slots from `first` on to a number. Memory
+    /// of a device is not zero when it is allocated.
+    pub(super) fn fill_slots(
+        &mut self,
+        first: usize,
+        n: usize,
+        number: f32,
+    ) -> Result<(), EngineError> {
         self.check_slots(first, n)?;
         match self.element {
-            TensorElementType::Float16 => self.clear_as::<half::f16>(first, n),
-            TensorElementType::Bfloat16 => self.clear_as::<half::bf16>(first, n),
-            TensorElementType::Uint8 => self.clear_as::<u8>(first, n),
-            _ => self.clear_as::<f32>(first, n),
+            TensorElementType::Float16 => self.fill_as(first, n, half::f16::from_f32(number)),
+            TensorElementType::Bfloat16 => self.fill_as(first, n, half::bf16::from_f32(number)),
+            // Bytes of the worker's own format, in which zero alone is known.
+            TensorElementType::Uint8 if number == 0.0 => self.fill_as(first, n, 0_u8),
+            TensorElementType::Uint8 => Err(EngineError::Runtime(format!(
+                "keys and values of this model cannot be {number}"
+            ))),
+            _ => self.fill_as(first, n, number),
         }
     }
 
-    fn clear_as<T>(&mut self, first: usize, n: usize) -> Result<(), EngineError>
+    fn fill_as<T>(&mut self, first: usize, n: usize, number: T) -> Result<(), EngineError>
     where
-        T: PrimitiveTensorElementType + Default + Clone + std::fmt::Debug + 'static,
+        T: PrimitiveTensorElementType + bytemuck::Pod + std::fmt::Debug,
     {
         let slot_bytes = self.buffer_bytes();
         if !self.has_one_size {
             for buffer in &mut self.buffers {
                 if let Place::Host(memory) = &mut buffer.place {
-                    memory[first * slot_bytes..(first + n) * slot_bytes].fill(0);
+                    let slots = &mut memory[first * slot_bytes..(first + n) * slot_bytes];
+                    bytemuck::cast_slice_mut::<u8, T>(slots).fill(number);
                 }
             }
             return Ok(());
         }
-        let most = (ZEROS_BYTES_MAX / slot_bytes.max(1)).clamp(1, n.max(1));
-        let mut zeros: Option<Zeros<T>> = None;
+        let most = (FILLING_BYTES_MAX / slot_bytes.max(1)).clamp(1, n.max(1));
+        let mut filling: Option<Filling<T>> = None;
         for start in (first..first + n).step_by(most) {
             let n = most.min(first + n - start);
-            if zeros.as_ref().is_none_or(|zeros| zeros.n_slots != n) {
-                zeros = Some(self.zeros(n)?);
+            if filling.as_ref().is_none_or(|filling| filling.n_slots != n) {
+                filling = Some(self.filling(n, number)?);
             }
             for buffer in &mut self.buffers {
                 let view = View {
@@ -302,22 +314,23 @@ impl SequenceEngine {
                     first: start,
                     shape: [n, self.slot[0], self.slot[1], self.slot[2]],
                 };
-                if let Some(zeros) = &mut zeros {
-                    zeros.copy_to(&view, buffer).map_err(runtime)?;
+                if let Some(filling) = &mut filling {
+                    filling.copy_to(&view, buffer).map_err(runtime)?;
                 }
             }
         }
         Ok(())
     }
 
-    /// Makes zeros for `n` slots of one buffer, on the device if possible.
-    fn zeros<T>(&self, n: usize) -> Result<Zeros<T>, EngineError>
+    /// Makes a copy of `number` for each place of `n` slots of one buffer, on the
+    /// device if possible.
+    fn filling<T>(&self, n: usize, number: T) -> Result<Filling<T>, EngineError>
     where
-        T: PrimitiveTensorElementType + Default + Clone + std::fmt::Debug + 'static,
+        T: PrimitiveTensorElementType + bytemuck::Pod + std::fmt::Debug,
     {
         let [heads, positions, position_len] = self.slot;
         let shape = [n, heads, positions, position_len];
-        let values = vec![T::default(); shape.iter().product()];
+        let values = vec![number; shape.iter().product()];
         let host = Tensor::from_array((shape, values)).map_err(runtime)?;
         let allocator = self.allocator()?;
         let on_device = || -> ort::Result<Tensor<T>> {
@@ -325,11 +338,11 @@ impl SequenceEngine {
             host.copy_into(&mut device)?;
             Ok(device)
         };
-        // Without memory for them on the device, each copy comes from the host.
+        // Without memory for it on the device, each copy comes from the host.
         let device = on_device().inspect_err(|error| {
-            tracing::debug!(%error, "zeros for keys and values are copied from the host");
+            tracing::debug!(%error, "keys and values are filled from the host");
         });
-        Ok(Zeros {
+        Ok(Filling {
             n_slots: n,
             host,
             device: device.ok(),
@@ -701,23 +714,23 @@ fn layout(session: &Session, positions: usize) -> Option<(usize, TensorElementTy
     ))
 }
 
-/// Zeros for some slots of one buffer.
-struct Zeros<T: PrimitiveTensorElementType + std::fmt::Debug> {
+/// One number for all places of some slots of one buffer.
+struct Filling<T: PrimitiveTensorElementType + std::fmt::Debug> {
     n_slots: usize,
     host: Tensor<T>,
     /// The same on the device, from which copies are hundreds of times as fast.
     device: Option<Tensor<T>>,
 }
 
-impl<T: PrimitiveTensorElementType + std::fmt::Debug> Zeros<T> {
-    /// Copies the zeros to as many slots. If a copy within the device fails,
+impl<T: PrimitiveTensorElementType + std::fmt::Debug> Filling<T> {
+    /// Copies the number to as many slots. If a copy within the device fails,
     /// this and all others come from the host.
     fn copy_to(&mut self, view: &View<'_>, buffer: &mut Buffer) -> ort::Result<()> {
         if let Some(device) = &self.device {
             match device.copy_into(view.tensor::<T>(&mut buffer.place)?) {
                 Ok(()) => return Ok(()),
                 Err(error) => {
-                    tracing::debug!(%error, "zeros for keys and values are copied from the host");
+                    tracing::debug!(%error, "keys and values are filled from the host");
                     self.device = None;
                 }
             }

@@ -4,10 +4,11 @@
 //! the tokens change from run to run. With CUDA graphs they are in the device's
 //! memory, because a captured run always uses the addresses of its capture.
 //!
-//! On the host they are in ordinary memory. ONNX Runtime 1.31 refuses an output
-//! that is bound to pinned memory (it tries to copy it onto itself), and there
-//! is little to gain: of a run of 19 ms, the upload of 64 images takes 0.04 ms
-//! and the download of their means 0.3 ms.
+//! On the host they are in ordinary memory, since ONNX Runtime 1.31 refuses an
+//! output that is bound to pinned memory (it tries to copy it onto itself). Of a
+//! run of 19 ms, the upload of 64 images takes 0.04 ms and the download of their
+//! means 0.3 ms; the copies also take a lock that all devices share, which
+//! benches/GPU.md has a plan for.
 
 use std::collections::BTreeMap;
 use std::path::Path;

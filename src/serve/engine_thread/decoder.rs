@@ -380,7 +380,7 @@ impl Decoder {
         if let Some(sequence) = self.slots[slot].take() {
             sequence.finish(Err(EngineError::NotFinite.into()));
         }
-        let cleared = std::panic::catch_unwind(AssertUnwindSafe(|| engine.clear_slot(slot)))
+        let cleared = std::panic::catch_unwind(AssertUnwindSafe(|| engine.fill_slot(slot, 0.0)))
             .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))));
         cleared.map_err(|error| {
             let error = match error {

@@ -85,8 +85,8 @@ impl Engine for Metered {
         self.engine.copy_slot(from, to, n)
     }
 
-    fn clear_slot(&mut self, slot: usize) -> Result<(), EngineError> {
-        self.engine.clear_slot(slot)
+    fn fill_slot(&mut self, slot: usize, number: f32) -> Result<(), EngineError> {
+        self.engine.fill_slot(slot, number)
     }
 
     fn canary(&mut self) -> Result<CanaryOutcome, EngineError> {

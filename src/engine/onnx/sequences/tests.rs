@@ -52,6 +52,7 @@ fn load(folder: &Path, runtime: &Runtime) -> SequenceEngine {
         bytes_max: 1 << 30,
         positions: POSITIONS,
         n_colors: COLORS,
+        attention: GpuAttention::Auto,
     };
     let files = GraphFiles::of(&[path.clone(), folder.join("weights.bin")]);
     let mut loader = Loader::new(files, std::iter::once(&path)).expect("files");
@@ -200,10 +201,11 @@ fn a_slot_that_is_cleared_has_zeros_and_the_others_keep_theirs(folder: &Path) {
     for one_size in [false, true] {
         let mut engine = sequences(folder, one_size);
         let expected = logits(&mut engine);
+        engine.fill_slots(0, SLOTS, f32::NAN).expect("all slots");
         for buffer in &mut engine.buffers {
-            numbers(buffer).fill(f32::NAN);
+            assert!(numbers(buffer).iter().all(|number| number.is_nan()));
         }
-        engine.clear_slots(1, 1).expect("a slot");
+        engine.fill_slots(1, 1, 0.0).expect("a slot");
         let slot_len = engine.slot.iter().product::<usize>();
         for buffer in &mut engine.buffers {
             let slots: Vec<&[f32]> = numbers(buffer).chunks_exact(slot_len).collect();
@@ -215,16 +217,16 @@ fn a_slot_that_is_cleared_has_zeros_and_the_others_keep_theirs(folder: &Path) {
                 "{one_size}"
             );
         }
-        engine.clear_slots(0, SLOTS).expect("all slots");
+        engine.fill_slots(0, SLOTS, 0.0).expect("all slots");
         for buffer in &mut engine.buffers {
             assert!(numbers(buffer).iter().all(|&number| number == 0.0));
         }
         assert!(logits(&mut engine) == expected, "{one_size}");
         engine
-            .clear_slots(1, SLOTS)
+            .fill_slots(1, SLOTS, 0.0)
             .expect_err("beyond the last slot");
         engine
-            .clear_slots(usize::MAX, 2)
+            .fill_slots(usize::MAX, 2, 0.0)
             .expect_err("beyond all memory");
     }
 }
