@@ -27,6 +27,7 @@ use imagegpt::model::graph::{Graph, Want};
 use imagegpt::model::precision::ProviderChoice;
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
+use imagegpt::runtime::GpuAttention;
 use imagegpt::runtime::library::find_library;
 use imagegpt::serve::config::ServeConfig;
 use imagegpt::serve::engines::onnx_engines;
@@ -70,6 +71,7 @@ fn main() -> anyhow::Result<()> {
         generate_bytes_max: 0,
         gpu_memory_limit: None,
         cuda_graphs: false,
+        generate_attention: GpuAttention::Auto,
         library: find_library(None),
         provider: ProviderChoice::Cpu,
         device_id: 0,

@@ -8,19 +8,19 @@
 # the kernels use: a driver accepts no PTX version newer than its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=${KERNELS_VENV:-target/kernels-venv}
+venv=$(realpath -m "${KERNELS_VENV:-target/kernels-venv}")
 if [ ! -f "$venv/.done" ]; then
     python3 -m venv "$venv"
     "$venv/bin/pip" --quiet --disable-pip-version-check install --no-deps \
         nvidia-cuda-nvcc==13.0.48 nvidia-nvvm==13.0.48 nvidia-cuda-crt==13.0.48 \
         nvidia-cuda-runtime==13.0.48 nvidia-cuda-cccl==13.0.85
-    cuda=$(echo "$PWD/$venv"/lib/python3*/site-packages/nvidia/cu13)
+    cuda=$(echo "$venv"/lib/python3*/site-packages/nvidia/cu13)
     # The packages keep the compiler proper where nvcc does not look for it.
     mkdir -p "$cuda/nvvm/bin"
     ln -sf "$cuda/bin/cicc" "$cuda/nvvm/bin/cicc"
     touch "$venv/.done"
 fi
-cuda=$(echo "$PWD/$venv"/lib/python3*/site-packages/nvidia/cu13)
+cuda=$(echo "$venv"/lib/python3*/site-packages/nvidia/cu13)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 for source in src/gpu/kernels/*.cu; do

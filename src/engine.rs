@@ -86,6 +86,9 @@ pub struct SequenceFacts {
     pub slot_bytes: usize,
     /// Largest number of tokens of one sequence that are fed in one run.
     pub chunk: usize,
+    /// True if a run of several tokens must have a power of two of them: the
+    /// lengths that were warmed up.
+    pub chunks_are_powers: bool,
     /// Smallest number of rows in a step, if there are that many slots.
     pub rows_min: usize,
     /// True if a step reads a prefix that several sequences share only once.
@@ -93,6 +96,27 @@ pub struct SequenceFacts {
 }
 
 impl SequenceFacts {
+    /// Returns the number of tokens of the next run of a primer of which
+    /// `n_left` tokens are left.
+    #[must_use]
+    pub fn piece(&self, n_left: usize) -> usize {
+        let most = self.chunk.max(1).min(n_left);
+        if self.chunks_are_powers && most > 0 {
+            1 << most.ilog2()
+        } else {
+            most
+        }
+    }
+
+    /// Returns the numbers of tokens of all runs of primers of at most
+    /// `n_tokens` tokens that are warmed up.
+    pub fn pieces(&self, n_tokens: usize) -> impl Iterator<Item = usize> + use<> {
+        let largest = self.piece(n_tokens);
+        let least = if self.chunks_are_powers { 1 } else { largest };
+        std::iter::successors(Some(largest), |size| Some(size / 2))
+            .take_while(move |&size| size >= least.max(1))
+    }
+
     /// Returns the batch sizes of steps.
     #[must_use]
     pub fn sizes(&self) -> Buckets {
@@ -147,6 +171,16 @@ pub struct WarmRun {
     pub elapsed: Duration,
 }
 
+/// Outcome of a check that found nothing wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CanaryOutcome {
+    /// The device gave the known answer.
+    Answered,
+    /// Nothing was run, since another engine was capturing its runs, which a
+    /// run on any GPU would have spoiled.
+    Skipped,
+}
+
 /// Start and end of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RunSpan {
@@ -193,13 +227,24 @@ pub trait Engine {
     /// be fed to the slot again.
     fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool;
 
+    /// Sets all numbers of a slot's key/value cache. Zero keeps numbers that are
+    /// not finite from the next sequence in the slot: a kernel may multiply keys
+    /// and values after a sequence's end by zero, and 0 × NaN is NaN. Other
+    /// numbers show in measurements whether a kernel does.
+    ///
+    /// # Errors
+    ///
+    /// When the slot could not be filled, after which it must not be used again,
+    /// or when its cache cannot hold the number.
+    fn fill_slot(&mut self, slot: usize, number: f32) -> Result<(), EngineError>;
+
     /// Computes a row whose answer is known, to check that the device still
     /// works.
     ///
     /// # Errors
     ///
     /// When the run fails or its answer differs from the known answer.
-    fn canary(&mut self) -> Result<(), EngineError>;
+    fn canary(&mut self) -> Result<CanaryOutcome, EngineError>;
 
     /// Returns the part of the last [`Engine::run`] or [`Engine::feed`] in
     /// which the runtime was at work; during the rest of the call the device
@@ -211,3 +256,51 @@ pub trait Engine {
 
 /// Function that creates the engine, called on the engine's own thread.
 pub type EngineFactory = Box<dyn FnOnce() -> Result<Box<dyn Engine>, EngineError> + Send>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(chunk: usize, chunks_are_powers: bool) -> SequenceFacts {
+        SequenceFacts {
+            n_slots: 1,
+            slot_bytes: 1,
+            chunk,
+            chunks_are_powers,
+            rows_min: 1,
+            shares_prefixes: false,
+        }
+    }
+
+    /// Returns the pieces of a primer of `n_tokens` tokens.
+    fn of_primer(facts: SequenceFacts, mut n_tokens: usize) -> Vec<usize> {
+        let mut pieces = Vec::new();
+        while n_tokens > 0 {
+            pieces.push(facts.piece(n_tokens));
+            n_tokens -= facts.piece(n_tokens);
+        }
+        pieces
+    }
+
+    #[test]
+    fn every_piece_of_a_primer_was_warmed_up() {
+        let warmed: Vec<usize> = facts(256, true).pieces(1024).collect();
+        assert_eq!(warmed, [256, 128, 64, 32, 16, 8, 4, 2, 1]);
+        assert_eq!(of_primer(facts(256, true), 600), [256, 256, 64, 16, 8]);
+        for n_tokens in 1..=1024 {
+            let pieces = of_primer(facts(256, true), n_tokens);
+            assert!(pieces.iter().all(|piece| warmed.contains(piece)));
+            assert!(pieces.len() <= 12, "{n_tokens}: {pieces:?}");
+        }
+        // A small model has no primer of a whole chunk.
+        let small: Vec<usize> = facts(256, true).pieces(100).collect();
+        assert_eq!(small, [64, 32, 16, 8, 4, 2, 1]);
+    }
+
+    #[test]
+    fn a_cpu_takes_any_length_up_to_its_chunk() {
+        assert_eq!(of_primer(facts(64, false), 150), [64, 64, 22]);
+        assert_eq!(facts(64, false).pieces(1024).collect::<Vec<_>>(), [64]);
+        assert_eq!(facts(64, false).pieces(16).collect::<Vec<_>>(), [16]);
+    }
+}

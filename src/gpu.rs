@@ -6,6 +6,7 @@
 //! that --device-id counts. NVML sees the whole machine, in another order, and
 //! reports the devices' usage. UUIDs join the two.
 
+pub(crate) mod context;
 mod driver;
 pub mod kernels;
 mod nvml;

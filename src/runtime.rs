@@ -2,8 +2,10 @@
 //! the profiles of their runs.
 
 pub(crate) mod arena;
+pub(crate) mod capture;
 pub(crate) mod cuda;
 pub mod error;
+pub(crate) mod failure;
 pub mod library;
 pub(crate) mod load;
 pub mod operators;
@@ -60,6 +62,39 @@ pub struct Runtime {
     pub gpu_memory_limit: Option<usize>,
     /// True if runs are captured as CUDA graphs.
     pub cuda_graphs: bool,
+    /// Kernel of attention on a GPU.
+    pub attention: GpuAttention,
+}
+
+/// Kernel by which ONNX Runtime computes attention on a GPU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum GpuAttention {
+    /// ONNX Runtime's own choice.
+    #[default]
+    Auto,
+    /// Flash attention.
+    Flash,
+    /// Memory-efficient attention of CUTLASS.
+    Efficient,
+    /// cuDNN's flash attention.
+    Cudnn,
+    /// Separate products and a softmax.
+    Unfused,
+}
+
+impl GpuAttention {
+    /// Returns the value of the provider's option `sdpa_kernel`, if there is a
+    /// choice.
+    fn backend(self) -> Option<ep::cuda::AttentionBackend> {
+        use ep::cuda::AttentionBackend;
+        match self {
+            Self::Auto => None,
+            Self::Flash => Some(AttentionBackend::FLASH_ATTENTION),
+            Self::Efficient => Some(AttentionBackend::EFFICIENT_ATTENTION),
+            Self::Cudnn => Some(AttentionBackend::CUDNN_FLASH_ATTENTION),
+            Self::Unfused => Some(AttentionBackend::MATH),
+        }
+    }
 }
 
 /// Number of kernels that ran, by execution provider and operator.
@@ -119,6 +154,7 @@ impl Runtime {
             shares_arena: false,
             gpu_memory_limit: None,
             cuda_graphs: false,
+            attention: GpuAttention::Auto,
         })
     }
 
@@ -151,6 +187,7 @@ impl Runtime {
             builder = builder.with_env_allocators()?;
         }
         if self.provider == Provider::Cuda {
+            library::check_for_cuda().map_err(ort::Error::new)?;
             library::preload_cuda();
             let mut cuda = ep::CUDA::default()
                 .with_device_id(self.device_id)
@@ -160,6 +197,9 @@ impl Runtime {
                 .with_arena_extend_strategy(ep::ArenaExtendStrategy::SameAsRequested);
             if let Some(limit) = self.gpu_memory_limit {
                 cuda = cuda.with_memory_limit(limit);
+            }
+            if let Some(backend) = self.attention.backend() {
+                cuda = cuda.with_attention_backend(backend);
             }
             builder = builder
                 // Auto-tuning takes the kernel that was fastest, which differs
@@ -290,4 +330,23 @@ pub fn what_ran(session: &mut Session) -> Result<Operators, String> {
             .or_default() += 1;
     }
     Ok(operators)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_of_attention_have_the_numbers_of_onnx_runtime() {
+        let number = |attention: GpuAttention| attention.backend().map(|value| value.to_string());
+        assert_eq!(number(GpuAttention::Auto), None);
+        for (attention, expected) in [
+            (GpuAttention::Flash, "1"),
+            (GpuAttention::Efficient, "2"),
+            (GpuAttention::Cudnn, "8"),
+            (GpuAttention::Unfused, "16"),
+        ] {
+            assert_eq!(number(attention).as_deref(), Some(expected));
+        }
+    }
 }

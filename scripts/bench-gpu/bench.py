@@ -5,6 +5,7 @@ report; the other steps continue.
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import checks
 import report
 import settings
 
@@ -32,6 +34,12 @@ except settings.Wrong as wrong:
 
 # Relative shares of the remaining time.
 WEIGHTS = {"compile": 1, "engine": 3, "grpc": 3, "generate": 2, "cores": 2, "graphs": 1, "torch": 3}
+# Steps of a short time on a device, in their order, with the seconds of each: a cut loses only
+# what comes after. They are parts of BUDGET, if that is another one.
+LIMITS = {
+    "answers": 100, "nan": 45, "seeds": 110, "steps": 110, "primers": 35, "graphs": 45,
+    "generate": 75, "two": 60, "torch": 110, "fault": 30,
+}  # fmt: skip
 # A step with fewer seconds than this gives no useful result.
 LEAST = 3.0
 # Seconds in which a process must end after it was asked to.
@@ -43,8 +51,13 @@ CORES = len(os.sched_getaffinity(0))
 LOAD = os.getloadavg()[0]
 
 
+# Time at which the step in progress must end.
+STEP_ENDS = [math.inf]
+
+
 def left() -> float:
-    return SET.budget - (time.monotonic() - START)
+    now = time.monotonic()
+    return min(SET.budget - (now - START), STEP_ENDS[0] - now)
 
 
 def say(text: str) -> None:
@@ -59,16 +72,20 @@ class StepFailed(Exception):
     """A step failed; the message becomes a line of the report."""
 
 
-def run(log, *arguments: str, seconds: float | None = None, is_partial: bool = False) -> str:
+def run(
+    log, *arguments: str, seconds: float | None = None, is_partial: bool = False, more: dict = {}
+) -> str:
     """Runs a command to its end and returns its output. If it takes too long and
     `is_partial` is set, returns the output so far."""
-    line = " ".join(arguments)
+    line = " ".join([*(f"{name}={value}" for name, value in more.items()), *arguments])
     print(f"$ {line}", file=log, flush=True)
-    limit = max(left(), LEAST) + GRACE if seconds is None else seconds
+    grace = GRACE if STEP_ENDS[0] == math.inf else 2.0
+    limit = max(left(), LEAST) + grace if seconds is None else seconds
     try:
         done = subprocess.run(
-            arguments, stdout=subprocess.PIPE, stderr=log, text=True, timeout=limit, cwd=ROOT
-        )
+            arguments, stdout=subprocess.PIPE, stderr=log, text=True, timeout=limit, cwd=ROOT,
+            env={**os.environ, **more},
+        )  # fmt: skip
     except subprocess.TimeoutExpired as expired:
         if is_partial and expired.stdout:
             return expired.stdout.decode()
@@ -80,10 +97,10 @@ def run(log, *arguments: str, seconds: float | None = None, is_partial: bool = F
     return done.stdout
 
 
-def imagegpt_json(log, *arguments: str) -> dict:
+def imagegpt_json(log, *arguments: str, more: dict = {}) -> dict:
     """Runs `imagegpt bench` and returns its results."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        run(log, SET.program, "bench", *arguments, "--json", file.name)
+        run(log, SET.program, "bench", *arguments, "--json", file.name, more=more)
         try:
             return json.loads(Path(file.name).read_text())
         except ValueError:
@@ -99,7 +116,7 @@ def free_port() -> int:
 class Worker:
     """`imagegpt serve`, from its start to its end."""
 
-    def __init__(self, log, model: Path, *flags: str):
+    def __init__(self, log, model: Path, *flags: str, more: dict = {}):
         self.port, self.metrics_port = free_port(), free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
         command = [
@@ -108,10 +125,14 @@ class Worker:
             "--metrics-listen", f"127.0.0.1:{self.metrics_port}", *flags, *SET.serve_flags,
         ]  # fmt: skip
         print("$ " + " ".join(command), file=log, flush=True)
-        self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        environment = {**os.environ, **more}
+        self.process = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=ROOT, env=environment
+        )
 
     def __enter__(self):
-        until = time.monotonic() + max(left(), LEAST) + GRACE
+        grace = GRACE if STEP_ENDS[0] == math.inf else 2.0
+        until = time.monotonic() + max(left(), LEAST) + grace
         while self.process.poll() is None and time.monotonic() < until:
             try:
                 self.page("readyz")
@@ -175,9 +196,10 @@ class Readings:
         self.thread.join()
 
 
-class Bench:
+class Bench(checks.Checks):
     def __init__(self, work: Path, log):
         self.work, self.log = work, log
+        self.set, self.root, self.failed = SET, ROOT, StepFailed
         self.facts, self.results, self.missing = self.read_facts(), [], []
 
     def read_facts(self) -> dict:
@@ -205,6 +227,22 @@ class Bench:
 
     def model(self, shape: str, precision: str) -> Path:
         return self.work / f"{shape}-{precision}"
+
+    def run(self, *arguments: str, more: dict = {}) -> str:
+        return run(self.log, *arguments, more=more)
+
+    def imagegpt_json(self, *arguments: str, more: dict = {}) -> dict:
+        return imagegpt_json(self.log, *arguments, more=more)
+
+    def started(self, model: Path, *flags: str, more: dict = {}, log=None) -> Worker:
+        sizes_ = ("--batch-sizes", "1,8", "--max-batch-size", "8")
+        cache = ("--generate-cache-bytes", SET.cache)
+        return Worker(log or self.log, model, *sizes_, *cache, *flags, more=more)
+
+    def keep(self, step: str, found) -> None:
+        """Writes what a step has found so far, in case that it is cut."""
+        self.partial = found
+        (SET.out / f"{step}.json").write_text(json.dumps(found, indent=1) + "\n")
 
     # Each step takes about the given number of seconds, not counting the
     # loading of a model, and returns the data for the report.
@@ -330,18 +368,38 @@ class Bench:
         before = ours()
         script = str(Path(__file__).parent / "torch_imagegpt.py")
         device = "cuda" if SET.provider == "cuda" else "cpu"
+        # Kernels that were compiled stay in the cache, so the second run measures only.
+        more = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_CACHE_DIR": str(self.work / "torch")}
+        variants = "torch.compile" if "answers" in SET.steps else "all"
+        if variants != "all":
+            run(
+                self.log, sys.executable, script, shape, precision, device, few, "0.1", variants,
+                seconds=max(0.5 * seconds, 20.0), is_partial=True, more=more,
+            )  # fmt: skip
         theirs = run(
-            self.log, sys.executable, script, shape, precision, device, few, str(0.4 * seconds),
-            seconds=max(seconds, 30.0), is_partial=True,
+            self.log, sys.executable, script, shape, precision, device, few, str(0.2 * seconds),
+            variants, seconds=max(0.5 * seconds, 30.0), is_partial=True, more=more,
         )  # fmt: skip
+        if not theirs.strip():
+            raise StepFailed("PyTorch measured nothing in its time; see log.txt")
         return {"ours": [before, ours()], "torch": json.loads(theirs.splitlines()[-1])}
 
     def plan(self) -> list:
         """Returns the steps, the most valuable first, in case time runs out."""
         asked, plan = set(SET.steps), []
+        # The first shape in the last precision answers the most images.
+        first, last = SET.shapes[0], SET.precisions[-1]
+        if timed := [step for step in LIMITS if step in asked and SET.is_timed]:
+            needs_model = {"steps", "primers", "graphs", "generate", "two", "torch"}
+            for step in timed:
+                if step in needs_model and ("compile", first, last) not in plan:
+                    plan.append(("compile", first, last))
+                plan.append((step, first, last))
+            asked -= set(timed)
         for shape in SET.shapes:
             for precision in SET.precisions:
-                plan.append(("compile", shape, precision))
+                if ("compile", shape, precision) not in plan and asked:
+                    plan.append(("compile", shape, precision))
                 for step in ("engine", "grpc", "generate"):
                     if step in asked or (step == "grpc" and "latency" in asked):
                         plan.append((step, shape, precision))
@@ -362,26 +420,39 @@ class Bench:
             weights = sum(WEIGHTS.get(name, 0) for name in later)
             if step == "soak":
                 seconds = min(SET.soak, left() - GRACE)
+            elif SET.is_timed and step in LIMITS:
+                seconds = min(LIMITS[step] * SET.budget / sum(LIMITS.values()), left())
             else:
                 seconds = (left() - reserved) * WEIGHTS[step] / weights
             what = f"{step} {shape} {precision}"
             # The failed step `compile` has already been reported.
-            if step != "compile" and not self.model(shape, precision).exists():
+            own = {"answers", "nan", "seeds", "fault"}
+            if step not in {"compile", *own} and not self.model(shape, precision).exists():
                 continue
             if seconds < LEAST:
                 self.missing.append(f"{what}: no time was left (BUDGET={SET.budget:.0f})")
                 say(self.missing[-1])
                 continue
             say(f"{what}: {seconds:.0f} s")
+            self.partial = None
+            if SET.is_timed and step in LIMITS:
+                STEP_ENDS[0] = time.monotonic() + seconds
             try:
                 found = getattr(self, step)(shape, precision, seconds)
-            except StepFailed as failed:
-                self.missing.append(f"{what}: {failed}")
+            # A step that meets anything unexpected must not take the others with it.
+            except (StepFailed, OSError, ValueError, KeyError, subprocess.SubprocessError) as failed:
+                self.missing.append(f"{what}: {type(failed).__name__}: {failed}")
                 say(self.missing[-1])
-                continue
+                if self.partial is None:
+                    continue
+                found = self.partial
+            finally:
+                STEP_ENDS[0] = math.inf
             self.results.append(
                 {"step": step, "shape": shape, "precision": precision, "found": found}
             )
+            if step != "compile":
+                self.keep(step if SET.is_timed else f"{step}-{shape}-{precision}", found)
             self.write()
 
     def write(self) -> None:

@@ -282,6 +282,99 @@ def soak(results: Results) -> list[str]:
     ]
 
 
+def yes(flag: bool) -> str:
+    return "yes" if flag else "**no**"
+
+
+def answers(results: Results) -> list[str]:
+    rows = [
+        [
+            row["model"],
+            row["precision"],
+            row["graph"],
+            str(row["numbers"]),
+            f"{row['error']:.1e}" if row["error"] is not None else "–",
+            yes(row["fits"]),
+        ]
+        for _, _, found in results.of("answers")
+        for row in found
+    ]
+    header = ["model", "precision", "answer", "numbers", "error", "within the limit"]
+    return [
+        "## Served answers against the CPU",
+        "",
+        "‖answer − answer of the CPU in fp32‖ / ‖answer of the CPU in fp32‖, of `imagegpt score` and `embed`.",
+        "",
+        *table(header, rows),
+    ]
+
+
+def caches(results: Results) -> list[str]:
+    nan = [
+        [str(row["head"]), row["attention"]] + [yes(row[key]) for key in ("finite", "same_bits", "repeats")]
+        for _, _, found in results.of("nan")
+        for row in found
+    ]
+    seeds = [
+        [str(row["head"]), row["attention"], f"{row['same']} of {row['images']}"]
+        for _, _, found in results.of("seeds")
+        for row in found
+    ]
+    steps = [
+        [row["attention"], str(row["slots"]), str(row["past"]), short(row["median_ms"]), short(row["tokens_per_second"])]
+        for _, _, found in results.of("steps")
+        for row in found
+    ]
+    primers = [
+        [str(row["tokens"]), short(row["first"]), short(row["second"])]
+        for _, _, found in results.of("primers")
+        for row in found
+    ]
+    return [
+        "## Steps of generation",
+        "",
+        "Steps beside a key/value cache of NaN, by elements per head:",
+        "",
+        *table(["head", "attention", "finite", "bits as beside zeros", "bits repeat"], nan),
+        "Images that were the same in three turns with one seed, in as many slots:",
+        "",
+        *table(["head", "attention", "same"], seeds),
+        "Times of steps:",
+        "",
+        *table(["attention", "slots", "past", "median ms", "tokens/s"], steps),
+        "Completions after a primer, with the start of the command:",
+        "",
+        *table(["tokens of the primer", "first, s", "second, s"], primers),
+    ]
+
+
+def two(results: Results) -> list[str]:
+    rows = []
+    for shape, precision, found in results.of("two"):
+        one, first, second = (
+            found[name]["saturation_images_per_second"] for name in ("one", "first", "second")
+        )
+        both = first + second
+        cells = [short(one), f"{short(first)} and {short(second)}", f"{both / one:.2f} ×"]
+        rows.append([f"{shape} {precision}", *cells])
+    header = ["model", "one worker, images/s", "two, images/s", "both to one"]
+    return ["## Two workers on one device", "", *table(header, rows)]
+
+
+def fault(results: Results) -> list[str]:
+    lines = []
+    for _, _, found in results.of("fault"):
+        lines += [
+            f"Exit code of the worker: {found['worker_exit_code']} (4 is a failed device), of the client: {found['client_exit_code']}.",
+            "",
+            "```text",
+            *found["worker"],
+            *found["client"],
+            "```",
+        ]
+    return ["## A GPU that fails", "", *(lines or ["Not measured."]), ""]
+
+
 SERVER = ("server_after_warm_up", "server_at_the_end")
 
 
@@ -342,6 +435,10 @@ def markdown(everything: dict) -> str:
         "- Weights are random (such as `random:small`): speed depends only on the shape; answers "
         "mean nothing.",
         "",
+        *answers(results),
+        *caches(results),
+        *two(results),
+        *fault(results),
         *engine(results),
         *grpc(results),
         *cores(results, facts["settings"]["IMAGES"]),

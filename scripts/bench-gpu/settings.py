@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROVIDERS = ("cuda", "cpu")
 SHAPES = ("tiny", "small", "medium", "large")
 PRECISIONS = {"cuda": ("fp32", "fp16", "bf16"), "cpu": ("fp32", "int8")}
+# Steps of a short time on a device, in their order; `run` stands for all of them.
+RUN = ("answers", "nan", "seeds", "steps", "primers", "graphs", "generate", "two", "torch", "fault")
 STEPS = ("engine", "grpc", "latency", "generate", "cores", "graphs", "soak", "torch")
 # Shapes that a GPU is measured with by default; tiny is for a quick try.
 DEFAULT_SHAPES = SHAPES[1:]
@@ -42,6 +44,8 @@ class Settings:
     cache: str
     images: str
     serve_flags: list[str]
+    # True if each step has a limit of its own: with steps that only `run` has.
+    is_timed: bool
 
     def named(self) -> dict:
         """Returns the settings by the names of their variables, for the report."""
@@ -119,6 +123,11 @@ def read(environment: Mapping[str, str]) -> Settings:
     cache = setting("CACHE", "24GiB")
     if not re.fullmatch("[0-9]+(\\.[0-9]+)? ?([KMGT]i?)?B?", cache, re.IGNORECASE):
         raise Wrong(f"CACHE={cache} is not a size such as 24GiB")
+    asked = setting("STEPS", " ".join(STEPS))
+    allowed = (*STEPS, *(step for step in RUN if step not in STEPS))
+    if asked.split() == ["run"]:
+        asked = " ".join(RUN)
+    steps = words("STEPS", asked, allowed)
     found = Settings(
         program=setting("IMAGEGPT", str(ROOT / "target/release/imagegpt")),
         out=Path(setting("OUT", str(ROOT / "target/bench-gpu"))),
@@ -126,7 +135,7 @@ def read(environment: Mapping[str, str]) -> Settings:
         provider=provider,
         shapes=words("SHAPES", setting("SHAPES", " ".join(DEFAULT_SHAPES)), SHAPES),
         precisions=words("PRECISIONS", setting("PRECISIONS", " ".join(default)), precisions),
-        steps=words("STEPS", setting("STEPS", " ".join(STEPS)), STEPS),
+        steps=steps,
         budget=budget,
         soak=seconds("SOAK", setting("SOAK", str(min(300.0, max(1.0, budget / 4))))),
         batches=sorted({count("BATCHES", size, 65536) for size in batches}),
@@ -134,8 +143,9 @@ def read(environment: Mapping[str, str]) -> Settings:
         cache=cache,
         images=setting("IMAGES", str(ROOT / "models/pictures")),
         serve_flags=environment.get("SERVE_FLAGS", "").split(),
+        is_timed=any(step not in STEPS for step in steps),
     )
-    if "cores" in found.steps:
+    if {"cores", "answers", "primers"} & set(found.steps):
         file_or_folder("IMAGES", found.images, Path.exists)
     if library := environment.get("ORT_DYLIB_PATH"):
         file_or_folder("ORT_DYLIB_PATH", library, Path.is_file)
@@ -161,6 +171,9 @@ def test() -> None:
 
     check("")
     check("", STEPS="soak", SHAPES="tiny small", BATCHES="1,2", BUDGET="30", CACHE="2GiB")
+    check("", STEPS="run")
+    check("", STEPS="answers fault")
+    check("STEPS has run; allowed are engine", STEPS="run engine")
     check("STEPS has nope; allowed are engine", STEPS="nope")
     check("BUDGET=x is not a number", BUDGET="x")
     check("BUDGET=nan is not a number", BUDGET="nan")

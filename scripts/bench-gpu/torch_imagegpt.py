@@ -1,11 +1,12 @@
 """Measures ImageGPT in PyTorch, written for speed, with random weights.
 
-    torch_imagegpt.py SHAPE PRECISION DEVICE BATCH_SIZES SECONDS
+    torch_imagegpt.py SHAPE PRECISION DEVICE BATCH_SIZES SECONDS [VARIANT]
 
 Measures `features` (the mean after the norm in front of the layer two thirds up)
 and `hidden` (the mean after the last norm), eagerly and under torch.compile, with
-scaled_dot_product_attention; and transformers' own model if it is installed. Prints a
-line of JSON after each variant, with all rows so far.
+scaled_dot_product_attention; and transformers' own model if it is installed. With a
+VARIANT other than `all`, only that variant of `features` is measured. Prints a line of
+JSON after each variant, with all rows so far.
 """
 
 import json
@@ -113,7 +114,8 @@ def rate(model: nn.Module, batch: int, device: str, seconds: float) -> tuple[flo
 
 
 def main() -> None:
-    shape, precision, device, sizes, seconds = sys.argv[1:]
+    shape, precision, device, sizes, seconds = sys.argv[1:6]
+    only = sys.argv[6] if len(sys.argv) > 6 else "all"
     layers = SHAPES[shape][0]
     # Default of `imagegpt compile` without --feature-layer.
     feature_layer = -(-2 * layers // 3)
@@ -125,6 +127,8 @@ def main() -> None:
         ("hidden", "torch.compile"): lambda: compiled(ImageGpt(shape, layers)),
         ("hidden", "transformers"): lambda: Transformers(shape),
     }
+    if only != "all":
+        variants = {name: make for name, make in variants.items() if name == ("features", only)}
     batch_sizes = [int(size) for size in sizes.split(",")]
     share = float(seconds) / len(variants) / len(batch_sizes)
     rows, failed = [], {}

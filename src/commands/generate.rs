@@ -83,9 +83,9 @@ pub struct GenerateArgs {
     )]
     pub top_p: f32,
 
-    /// Seed of the random draws. On a CPU the same seed gives the same images;
-    /// on a GPU the images may differ [default: a random seed, which is
-    /// printed]
+    /// Seed of the random draws. On a CPU the same seed gives the same images,
+    /// whatever else the worker computes; on a GPU they may differ from run to
+    /// run (see docs/gpu.md) [default: a random seed, which is printed]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
 

@@ -118,3 +118,6 @@ pub(crate) fn build(graph: Graph, plan: &GraphPlan<'_>) -> ModelProto {
         Graph::Generate => tasks::generate(plan),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -34,6 +34,12 @@ impl Store {
         self.tensors.get(name)
     }
 
+    /// Declares a tensor that no file has, for tests that build graphs only.
+    #[cfg(test)]
+    pub(crate) fn declare(&mut self, tensor: TensorProto) {
+        self.tensors.insert(tensor.name.clone(), tensor);
+    }
+
     #[must_use]
     pub(crate) fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)

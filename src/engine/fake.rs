@@ -10,7 +10,10 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
-use super::{Engine, EngineFacts, GraphRun, RunSpan, RunStop, SequenceFacts, SlotFeed, WarmRun};
+use super::{
+    CanaryOutcome, Engine, EngineFacts, GraphRun, RunSpan, RunStop, SequenceFacts, SlotFeed,
+    WarmRun,
+};
 use crate::model::graph::{Graph, Want};
 use crate::runtime::error::EngineError;
 
@@ -36,6 +39,9 @@ pub struct Script {
     pub panic_on: Option<u16>,
     /// Token that makes the device fail, by the same rule as `fail_on`.
     pub device_fails_on: Option<u16>,
+    /// Token whose keys and values are not finite: all logits of its slot are NaN
+    /// from then on, those of later sequences too, until the slot is cleared.
+    pub nan_on: Option<u16>,
     /// Largest batch that fits the memory; larger batches fail.
     pub memory_for: Option<usize>,
     /// Number of idle checks that succeed before all later checks fail.
@@ -99,6 +105,9 @@ pub struct FakeEngine {
     /// State of each slot, instead of keys and values: for each token, a hash
     /// of all tokens up to it.
     kept: Vec<Vec<u32>>,
+    /// Slots whose memory has numbers that are not finite, until they are
+    /// cleared.
+    spoiled: Vec<bool>,
     /// Start and end of the last run.
     span: Option<RunSpan>,
 }
@@ -138,6 +147,7 @@ impl FakeEngine {
                     n_slots: sequences.n_slots,
                     slot_bytes: 1 << 10,
                     chunk: 8,
+                    chunks_are_powers: false,
                     rows_min: 2,
                     shares_prefixes: true,
                 }),
@@ -145,6 +155,7 @@ impl FakeEngine {
                 sizes_untried: false,
             },
             kept: vec![Vec::new(); script.sequences.map_or(0, |sequences| sequences.n_slots)],
+            spoiled: vec![false; script.sequences.map_or(0, |sequences| sequences.n_slots)],
             script,
             span: None,
         }
@@ -262,12 +273,22 @@ impl Engine for FakeEngine {
             );
         }
         logits.clear();
-        for (row, kept) in feed.rows.iter().zip(&mut self.kept[feed.first_slot..]) {
+        let slots = self.kept[feed.first_slot..].iter_mut();
+        let slots = slots.zip(&mut self.spoiled[feed.first_slot..]);
+        for (row, (kept, spoiled)) in feed.rows.iter().zip(slots) {
             kept.truncate(row.past);
             assert_eq!(kept.len(), row.past, "a slot keeps what it was fed");
             for &token in row.tokens {
                 let hash = kept.last().copied().unwrap_or(SEED);
                 kept.push(mix(hash, token));
+            }
+            *spoiled |= row
+                .tokens
+                .iter()
+                .any(|&token| Some(token) == self.script.nan_on);
+            if *spoiled {
+                logits.extend(std::iter::repeat_n(f32::NAN, sequences.n_colors));
+                continue;
             }
             let hash = kept.last().copied().unwrap_or(SEED);
             logits.extend(Self::next_logits(hash, sequences.n_colors));
@@ -286,14 +307,19 @@ impl Engine for FakeEngine {
         can
     }
 
-    fn canary(&mut self) -> Result<(), EngineError> {
+    fn fill_slot(&mut self, slot: usize, number: f32) -> Result<(), EngineError> {
+        self.spoiled[slot] = !number.is_finite();
+        Ok(())
+    }
+
+    fn canary(&mut self) -> Result<CanaryOutcome, EngineError> {
         match &mut self.script.canaries_until_failure {
             Some(0) => Err(EngineError::NotFinite),
             Some(left) => {
                 *left -= 1;
-                Ok(())
+                Ok(CanaryOutcome::Answered)
             }
-            None => Ok(()),
+            None => Ok(CanaryOutcome::Answered),
         }
     }
 

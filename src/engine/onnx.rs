@@ -13,7 +13,7 @@ mod whole_images;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ort::environment::Environment;
@@ -21,8 +21,8 @@ use ort::environment::Environment;
 use self::sequences::SequenceEngine;
 use self::whole_images::{WholeBatch, WholeGraph};
 use super::{
-    BatchRow, Engine, EngineFacts, Fallback, FallbackKind, GraphRun, RunSpan, RunStop, SlotFeed,
-    WarmRun,
+    BatchRow, CanaryOutcome, Engine, EngineFacts, Fallback, FallbackKind, GraphRun, RunSpan,
+    RunStop, SlotFeed, WarmRun,
 };
 use crate::kernels::whole::has_bf16_products;
 use crate::model::GraphFiles;
@@ -30,9 +30,11 @@ use crate::model::buckets::Buckets;
 use crate::model::graph::{Graph, Layers, Want};
 use crate::model::precision::{BF16_FEATURES, Precision, Provider, ProviderChoice};
 use crate::model::settings::check_classes;
+use crate::runtime::capture::{CAPTURES, CaptureLock};
 use crate::runtime::error::{EngineError, runtime};
+use crate::runtime::failure::{Failures, leak_if_lost};
 use crate::runtime::load::Loader;
-use crate::runtime::{Residence, Runtime, arena, library, operators};
+use crate::runtime::{GpuAttention, Residence, Runtime, arena, library, operators};
 
 pub use crate::runtime::library::{LIBRARY, LIBRARY_FOLDER, environment, find_library};
 pub use crate::runtime::probe::probe;
@@ -83,6 +85,8 @@ pub struct OnnxOptions {
     /// True if runs on a GPU are captured as CUDA graphs where this is
     /// possible.
     pub cuda_graphs: bool,
+    /// Kernel of attention over the key/value cache on a GPU.
+    pub generate_attention: GpuAttention,
 }
 
 /// Engine that runs a model in ONNX Runtime.
@@ -95,6 +99,9 @@ pub struct OnnxEngine {
     sequences: Option<SequenceEngine>,
     warm: Vec<WarmRun>,
     canary: Option<Canary>,
+    /// Lock of captures in this process, on a GPU.
+    captures: Option<&'static CaptureLock>,
+    failures: Failures,
     /// Start and end of the last run of the runtime.
     span: Option<RunSpan>,
 }
@@ -115,12 +122,6 @@ const CANARY_TOLERANCE: f64 = 1e-2;
 /// Duration of a warm-up run below which the run is repeated.
 const WARM_TWICE: Duration = Duration::from_millis(500);
 
-/// Lock of an engine that loads with CUDA graphs. While a thread captures a
-/// run, operations of other threads on any GPU of the process, such as
-/// allocations, fail and spoil the capture: so devices that capture load one
-/// after the other.
-static CAPTURING: Mutex<()> = Mutex::new(());
-
 impl OnnxEngine {
     /// Loads every graph and warms it up.
     ///
@@ -131,10 +132,10 @@ impl OnnxEngine {
     pub fn load(options: &OnnxOptions) -> Result<Self, EngineError> {
         let environment = environment(&options.library)?;
         let mut fallbacks = Vec::new();
+        // Held before the first use of the GPU, since that would spoil the
+        // capture of another engine.
+        let _alone = may_capture(options).then(|| CAPTURES.alone());
         let runtime = choose(&environment, options, &mut fallbacks)?;
-        let _capturing = runtime
-            .cuda_graphs
-            .then(|| CAPTURING.lock().unwrap_or_else(PoisonError::into_inner));
         check_compiled_for(options.compiled_for, runtime.provider)?;
         check_precision(options.precision, runtime.provider)?;
         let mut engine = Self {
@@ -153,8 +154,20 @@ impl OnnxEngine {
             sequences: None,
             warm: Vec::new(),
             canary: None,
+            captures: (runtime.provider == Provider::Cuda).then_some(&CAPTURES),
+            failures: Failures::of(&runtime),
             span: None,
         };
+        match engine.load_all(&runtime, options) {
+            Ok(()) => Ok(engine),
+            Err(error) => {
+                leak_if_lost(engine, &error);
+                Err(error)
+            }
+        }
+    }
+
+    fn load_all(&mut self, runtime: &Runtime, options: &OnnxOptions) -> Result<(), EngineError> {
         let served = |graph| graph != Graph::Generate || options.generate_slots > 0;
         let graphs = options.graphs.iter().filter(|(graph, _)| served(**graph));
         // Only compiled graphs on a CPU compute from shared weights in place.
@@ -165,15 +178,15 @@ impl OnnxEngine {
         for (&graph, path) in graphs {
             let started = Instant::now();
             if graph == Graph::Generate {
-                engine.load_sequences(&runtime, &mut loader, path, options)?;
+                self.load_sequences(runtime, &mut loader, path, options)?;
             } else {
-                engine.load_graph(&runtime, &mut loader, graph, path, options)?;
+                self.load_graph(runtime, &mut loader, graph, path, options)?;
             }
             let seconds = started.elapsed().as_secs_f64();
             tracing::debug!(graph = graph.label(), seconds, "graph loaded and warmed up");
         }
         loader.finish();
-        Ok(engine)
+        Ok(())
     }
 
     /// Loads a graph and warms it up; if it cannot be captured as a CUDA graph,
@@ -228,6 +241,7 @@ impl OnnxEngine {
             bytes_max: options.generate_bytes_max,
             positions: options.positions,
             n_colors: options.n_colors,
+            attention: options.generate_attention,
         };
         let load = |cuda_graphs| {
             self.sequences = None;
@@ -235,10 +249,14 @@ impl OnnxEngine {
                 cuda_graphs,
                 ..runtime.clone()
             };
-            let mut sequences = SequenceEngine::load(&runtime, loader, path, sizes)?;
-            let warm = sequences.warm_up()?;
+            let sequences = SequenceEngine::open(&runtime, loader, path, sizes)?;
+            // Owned by the engine before its device is used; see `leak_if_lost`.
+            let sequences = self.sequences.insert(sequences);
+            let warm = sequences
+                .prepare()
+                .and_then(|()| sequences.warm_up())
+                .map_err(|error| self.failures.judge(error))?;
             self.facts.sequences = Some(sequences.facts);
-            self.sequences = Some(sequences);
             self.warm.extend(warm);
             Ok(())
         };
@@ -285,6 +303,7 @@ impl OnnxEngine {
         } else {
             usize::MAX
         };
+        let runs_twice = self.graphs.get(&graph).is_some_and(WholeGraph::captures);
         for bucket in options.buckets.iter().take(n_sizes) {
             let run = GraphRun {
                 graph,
@@ -298,19 +317,25 @@ impl OnnxEngine {
                 // run is measured, by which batch sizes are chosen. In a long
                 // run the overhead is small, so that a second run is not worth
                 // its time.
-                Ok(_) if started.elapsed() < WARM_TWICE => {
+                //
+                // The first run of a session on a GPU, which is always long, is
+                // not captured; a run that was captured later, beside another
+                // engine's capture, would spoil both.
+                Ok(_) if runs_twice || started.elapsed() < WARM_TWICE => {
                     started = Instant::now();
                     self.run(&run, &RunStop::default())
                 }
                 first => first,
             }
-            .map_err(|error| {
-                refuse(format!(
+            .map_err(|error| match error {
+                // A lost device says nothing about the graph.
+                EngineError::Device(_) => error,
+                error => refuse(format!(
                     "a trial run of {bucket} images with every token id (0 to {}) failed: the \
                      graph does not fit the palette or the positions, or there is not enough \
                      memory: {error}",
                     n_ids - 1
-                ))
+                )),
             })?;
             self.warm.push(WarmRun {
                 graph,
@@ -442,6 +467,14 @@ fn check_precision(precision: Option<Precision>, provider: Provider) -> Result<(
     )))
 }
 
+/// Returns true if an engine with these options may capture its runs.
+fn may_capture(options: &OnnxOptions) -> bool {
+    options.cuda_graphs
+        && options.gpu_memory_limit.is_none()
+        && options.provider != ProviderChoice::Cpu
+        && options.compiled_for != Some(Provider::Cpu)
+}
+
 /// Chooses the execution provider and its settings, and adds features that
 /// cannot be used to `fallbacks`.
 fn choose(
@@ -543,6 +576,7 @@ fn runtime_of(
         shares_arena: false,
         gpu_memory_limit: options.gpu_memory_limit.filter(|_| is_cuda),
         cuda_graphs: options.cuda_graphs && is_cuda,
+        attention: GpuAttention::Auto,
     })
 }
 
@@ -572,7 +606,10 @@ impl Engine for OnnxEngine {
             // This fails only for dropped options, and these are still alive.
             let _ = terminate.terminate();
         }));
-        loaded.run(run, batch, &options, &mut self.span)
+        let failures = self.failures;
+        loaded
+            .run(run, batch, &options, &mut self.span)
+            .map_err(|error| failures.judge(error))
     }
 
     fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
@@ -580,6 +617,7 @@ impl Engine for OnnxEngine {
             .as_mut()
             .ok_or_else(|| no_graph(Graph::Generate))?
             .feed(feed, logits, &mut self.span)
+            .map_err(|error| self.failures.judge(error))
     }
 
     fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
@@ -587,9 +625,22 @@ impl Engine for OnnxEngine {
         sequences.is_some_and(|sequences| sequences.copy_slot(from, to, n))
     }
 
-    fn canary(&mut self) -> Result<(), EngineError> {
+    fn fill_slot(&mut self, slot: usize, number: f32) -> Result<(), EngineError> {
+        self.sequences
+            .as_mut()
+            .ok_or_else(|| no_graph(Graph::Generate))?
+            .fill_slots(slot, 1, number)
+            .map_err(|error| self.failures.judge(error))
+    }
+
+    fn canary(&mut self) -> Result<CanaryOutcome, EngineError> {
+        let beside = self.captures.map(CaptureLock::beside);
+        if matches!(beside, Some(None)) {
+            tracing::debug!("no idle check: another engine captures its runs");
+            return Ok(CanaryOutcome::Skipped);
+        }
         let Some(canary) = self.canary.take() else {
-            return Ok(());
+            return Ok(CanaryOutcome::Answered);
         };
         let row = BatchRow {
             tokens: &canary.tokens,
@@ -606,7 +657,7 @@ impl Engine for OnnxEngine {
         let got = got?.into_iter().next().unwrap_or_default();
         let moved = distance(&got, &expected);
         if moved <= CANARY_TOLERANCE {
-            Ok(())
+            Ok(CanaryOutcome::Answered)
         } else {
             Err(EngineError::Output {
                 got: format!("an answer with a relative error of {moved:.3}"),
@@ -644,6 +695,7 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Model;
 
     /// Returns the outcome of loading that fails with `failures`, and for each
     /// attempt whether it was captured.
@@ -679,6 +731,80 @@ mod tests {
         let lost = || EngineError::Device("lost".to_owned());
         let told = (Err(lost().to_string()), vec![true]);
         assert_eq!(tried(true, vec![lost()]), told);
+    }
+
+    /// Loads the smallest model on the CPU.
+    fn engine() -> OnnxEngine {
+        OnnxEngine::load(&options(micro())).expect("an engine")
+    }
+
+    fn micro() -> Model {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models/micro");
+        Model::open(&folder, None).expect("a model")
+    }
+
+    fn options(model: Model) -> OnnxOptions {
+        OnnxOptions {
+            library: find_library(None),
+            provider: ProviderChoice::Cpu,
+            device_id: 0,
+            intra_op_threads: 1,
+            positions: model.positions(),
+            n_colors: model.clusters.len(),
+            sizes_are_given: true,
+            n_labels: 0,
+            head_widths: Vec::new(),
+            compiled_for: None,
+            precision: None,
+            graphs: model.graphs,
+            files: model.files,
+            buckets: Buckets::powers_of_two(1),
+            generate_slots: 0,
+            generate_bytes_max: 0,
+            gpu_memory_limit: None,
+            cuda_graphs: false,
+            generate_attention: GpuAttention::Auto,
+        }
+    }
+
+    #[test]
+    fn an_idle_check_waits_until_nobody_captures() {
+        static LOCK: CaptureLock = CaptureLock::new();
+        let mut engine = engine();
+        assert_eq!(engine.captures.map(|_| ()), None, "a CPU captures nothing");
+        engine.captures = Some(&LOCK);
+        assert_eq!(engine.canary().expect("a check"), CanaryOutcome::Answered);
+        // From now on every check fails that is run at all.
+        if let Some(canary) = &mut engine.canary {
+            canary.answer.fill(9.0);
+        }
+        engine.canary().expect_err("another answer is known");
+        let capturing = LOCK.alone();
+        assert_eq!(engine.canary().expect("no run"), CanaryOutcome::Skipped);
+        drop(capturing);
+        engine.canary().expect_err("nobody captures");
+    }
+
+    #[test]
+    fn an_engine_that_may_capture_loads_alone() {
+        let cuda = OnnxOptions {
+            provider: ProviderChoice::Cuda,
+            cuda_graphs: true,
+            ..options(micro())
+        };
+        assert!(may_capture(&cuda));
+        let without = |change: fn(&mut OnnxOptions)| {
+            let mut options = cuda.clone();
+            change(&mut options);
+            may_capture(&options)
+        };
+        assert!(!without(|options| options.provider = ProviderChoice::Cpu));
+        assert!(!without(|options| options.cuda_graphs = false));
+        assert!(!without(|options| options.gpu_memory_limit = Some(1)));
+        assert!(!without(
+            |options| options.compiled_for = Some(Provider::Cpu)
+        ));
+        assert!(without(|options| options.provider = ProviderChoice::Auto));
     }
 
     #[test]

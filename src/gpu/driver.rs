@@ -18,7 +18,10 @@ pub(super) const SUCCESS: c_int = 0;
 /// `cuGetErrorString`.
 pub(super) type ErrorText = unsafe extern "C" fn(status: c_int, text: *mut *const c_char) -> c_int;
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `…_MINOR`.
-const CAPABILITY: [c_int; 2] = [75, 76];
+pub(super) const CAPABILITY: [c_int; 2] = [75, 76];
+/// `cuDeviceGetAttribute`.
+pub(super) type Attribute =
+    unsafe extern "C" fn(value: *mut c_int, which: c_int, device: c_int) -> c_int;
 /// Longer than any device's name; the driver cuts a name that does not fit.
 const NAME_BYTES: usize = 256;
 
@@ -35,7 +38,7 @@ struct Functions {
     uuid: unsafe extern "C" fn(uuid: *mut [u8; 16], device: c_int) -> c_int,
     name: unsafe extern "C" fn(name: *mut c_char, length: c_int, device: c_int) -> c_int,
     memory: unsafe extern "C" fn(bytes: *mut usize, device: c_int) -> c_int,
-    attribute: unsafe extern "C" fn(value: *mut c_int, which: c_int, device: c_int) -> c_int,
+    attribute: Attribute,
     error: ErrorText,
 }
 

@@ -9,6 +9,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use super::Version;
 use super::driver::{self, SUCCESS, symbol};
 
 /// PTX that `make kernels` compiles from quick_gelu.cu. The text ends in a zero
@@ -39,6 +40,8 @@ pub struct Numbers {
 /// pointer arguments.
 struct Functions {
     context: unsafe extern "C" fn(context: *mut Handle) -> c_int,
+    device: unsafe extern "C" fn(device: *mut c_int) -> c_int,
+    attribute: driver::Attribute,
     load: unsafe extern "C" fn(module: *mut Handle, image: *const c_void) -> c_int,
     function:
         unsafe extern "C" fn(function: *mut Handle, module: Handle, name: *const c_char) -> c_int,
@@ -73,6 +76,21 @@ struct Loaded {
     context: Handle,
     fp16: Handle,
     bf16: Handle,
+}
+
+/// Oldest GPUs for which the kernels are compiled; `make kernels` names the same.
+const CAPABILITY_MIN: Version = Version { major: 8, minor: 0 };
+
+/// Refuses a GPU for which the driver cannot compile the kernels, in words that
+/// say more than the driver's.
+fn check_capability(capability: Version) -> Result<(), String> {
+    if capability >= CAPABILITY_MIN {
+        return Ok(());
+    }
+    Err(format!(
+        "the GPU has compute capability {capability}, and the worker's own kernels need \
+         {CAPABILITY_MIN}; compile the model with --portable, which uses ONNX Runtime's"
+    ))
 }
 
 static FUNCTIONS: OnceLock<Result<Functions, String>> = OnceLock::new();
@@ -150,6 +168,8 @@ impl Functions {
         let functions = unsafe {
             Self {
                 context: symbol(&library, "cuCtxGetCurrent")?,
+                device: symbol(&library, "cuCtxGetDevice")?,
+                attribute: symbol(&library, "cuDeviceGetAttribute")?,
                 load: symbol(&library, "cuModuleLoadData")?,
                 function: symbol(&library, "cuModuleGetFunction")?,
                 launch: symbol(&library, "cuLaunchKernel")?,
@@ -175,6 +195,7 @@ impl Functions {
         if let Some(loaded) = all.iter().find(|loaded| loaded.context == context) {
             return Ok(*loaded);
         }
+        check_capability(self.capability()?)?;
         let mut module = Handle(ptr::null_mut());
         // SAFETY: the image is PTX that ends in a zero.
         let status = unsafe { (self.load)(&raw mut module, QUICK_GELU.as_ptr().cast()) };
@@ -194,11 +215,54 @@ impl Functions {
         Ok(loaded)
     }
 
+    /// Returns the compute capability of the thread's current device.
+    fn capability(&self) -> Result<Version, String> {
+        let mut device = 0;
+        // SAFETY: the function writes to the place that it is given.
+        let status = unsafe { (self.device)(&raw mut device) };
+        self.check("cuCtxGetDevice", status)?;
+        let [major, minor] = driver::CAPABILITY.map(|which| {
+            let mut value = 0;
+            // SAFETY: as above.
+            let status = unsafe { (self.attribute)(&raw mut value, which, device) };
+            self.check("cuDeviceGetAttribute", status).map(|()| value)
+        });
+        Ok(Version {
+            major: major?,
+            minor: minor?,
+        })
+    }
+
     fn check(&self, call: &str, status: c_int) -> Result<(), String> {
         if status == SUCCESS {
             return Ok(());
         }
         // SAFETY: `error` is the driver's function for error texts.
         Err(unsafe { driver::failure(self.error, call, status) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_that_is_too_old_is_told_what_to_do() {
+        let of = |major, minor| check_capability(Version { major, minor });
+        for (major, minor) in [(8, 0), (8, 9), (9, 0), (12, 0)] {
+            assert_eq!(of(major, minor), Ok(()));
+        }
+        let error = of(7, 5).unwrap_err();
+        assert_eq!(
+            error,
+            "the GPU has compute capability 7.5, and the worker's own kernels need 8.0; compile \
+             the model with --portable, which uses ONNX Runtime's"
+        );
+    }
+
+    #[test]
+    fn the_kernels_are_compiled_for_the_oldest_gpu_that_is_accepted() {
+        let Version { major, minor } = CAPABILITY_MIN;
+        assert!(QUICK_GELU.contains(&format!("\n.target sm_{major}{minor}\n")));
     }
 }

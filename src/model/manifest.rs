@@ -21,8 +21,8 @@ pub const FILE: &str = "imagegpt.json";
 /// Name of the file of all weights, beside the graphs.
 pub const WEIGHTS_FILE: &str = "weights.bin";
 /// Version of the manifest's format; raised when older readers would misread a
-/// directory.
-pub const FORMAT: u32 = 7;
+/// directory, and when any graph changes (`src/compile/graph/tests.rs`).
+pub const FORMAT: u32 = 8;
 
 /// Contents of the manifest file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

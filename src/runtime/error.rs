@@ -51,33 +51,51 @@ const OUT_OF_MEMORY: [&str; 6] = [
     "alloc_failed",
 ];
 
-/// Parts of the runtime's texts that mean a lost device or context: CUDA's
-/// errors that every later call repeats.
-const DEVICE_FAILED: [&str; 11] = [
+/// Parts of the runtime's texts that mean a lost device or context, in lower
+/// case: CUDA's errors that every later call repeats.
+const OF_DEVICE: [&str; 15] = [
     "illegal memory access",
     "illegal address",
     "illegal instruction",
     "misaligned address",
     "unspecified launch failure",
+    "launch timed out",
+    "hardware stack error",
+    "invalid program counter",
+    "shared address space",
+    "context is destroyed",
     "device-side assert",
     "uncorrectable",
     "device is lost",
     "gpu is lost",
-    "execution_failed",
     "driver shutting down",
 ];
 
-/// Classifies the error of a run by its text.
-pub(crate) fn run_failed(error: impl std::fmt::Display) -> EngineError {
-    let text = error.to_string();
+/// Parts of the runtime's texts that may mean a lost device, in lower case:
+/// libraries of CUDA say so for passing errors too.
+const MAYBE_OF_DEVICE: [&str; 3] = ["unknown error", "internal_error", "execution_failed"];
+
+/// Meaning of an error's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Words {
+    OfDevice,
+    MaybeOfDevice,
+    OfMemory,
+    Other,
+}
+
+/// Returns the meaning of the text of a failure.
+pub(crate) fn words(text: &str) -> Words {
     let lower = text.to_lowercase();
     let says = |words: &[&str]| words.iter().any(|word| lower.contains(word));
-    if says(&DEVICE_FAILED) {
-        EngineError::Device(text)
+    if says(&OF_DEVICE) {
+        Words::OfDevice
     } else if says(&OUT_OF_MEMORY) {
-        EngineError::OutOfMemory(text)
+        Words::OfMemory
+    } else if says(&MAYBE_OF_DEVICE) {
+        Words::MaybeOfDevice
     } else {
-        EngineError::Runtime(text)
+        Words::Other
     }
 }
 
@@ -88,14 +106,16 @@ pub(crate) fn runtime(error: impl std::fmt::Display) -> EngineError {
 
 /// Error of a session on a provider that cannot be used, with the remedy.
 pub(crate) fn cannot_be_had(provider: Provider, error: &ort::Error) -> EngineError {
+    let text = error.to_string();
     match provider {
+        Provider::Cuda if words(&text) == Words::OfDevice => EngineError::Device(text),
         Provider::Cpu => runtime(error),
         Provider::Cuda => EngineError::Provider(format!(
             "the CUDA execution provider cannot be used: {}; it needs a GPU, the library of \
              onnxruntime-gpu (--onnxruntime) and CUDA's libraries on LD_LIBRARY_PATH, or both \
              from `pip install 'imagegpt[gpu]'`; `imagegpt doctor` says what is missing; or choose the CPU (--execution-provider cpu, \
              for `compile` --provider cpu)",
-            error.to_string().trim_end_matches('.')
+            text.trim_end_matches('.')
         )),
     }
 }
@@ -106,34 +126,38 @@ mod tests {
 
     #[test]
     fn failures_are_told_apart_by_their_words() {
-        let check = |text, expected: &str| {
-            let kind = match run_failed(text) {
-                EngineError::Device(_) => "device",
-                EngineError::OutOfMemory(_) => "memory",
-                EngineError::Runtime(_) => "run",
-                other => panic!("{other:?}"),
-            };
-            assert_eq!(kind, expected, "{text}");
-        };
-        check(
+        let check = |text, expected| assert_eq!(words(text), expected, "{text}");
+        for text in [
             "CUDA failure 700: an illegal memory access was encountered ; GPU=0",
-            "device",
-        );
-        check("CUDA failure 719: unspecified launch failure", "device");
-        check(
+            "CUDA failure 719: unspecified launch failure",
+            "CUDA failure 702: the launch timed out and was terminated",
+            "CUDA failure 714: hardware stack error",
+            "CUDA failure 717: operation not supported on global/shared address space",
+            "CUDA failure 718: invalid program counter",
+            "CUDA failure 709: context is destroyed",
+            "CUDA failure 214: uncorrectable ECC error encountered",
+        ] {
+            check(text, Words::OfDevice);
+        }
+        for text in [
+            "CUDA failure 999: unknown error ; GPU=0",
             "CUBLAS failure 13: CUBLAS_STATUS_EXECUTION_FAILED",
-            "device",
-        );
-        check("CUDA failure 2: out of memory ; GPU=0", "memory");
-        check(
+            "CUBLAS failure 14: CUBLAS_STATUS_INTERNAL_ERROR",
+            "CUDNN failure 4000: CUDNN_STATUS_INTERNAL_ERROR",
+        ] {
+            check(text, Words::MaybeOfDevice);
+        }
+        for text in [
+            "CUDA failure 2: out of memory ; GPU=0",
             "Available memory of 12 is smaller than requested bytes of 999",
-            "memory",
-        );
-        check(
             "Failed to allocate memory for requested buffer of size 1",
-            "memory",
+            "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED",
+        ] {
+            check(text, Words::OfMemory);
+        }
+        check(
+            "Non-zero status code returned while running Gather",
+            Words::Other,
         );
-        check("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED", "memory");
-        check("Non-zero status code returned while running Gather", "run");
     }
 }

@@ -61,6 +61,34 @@ pub fn environment(library: &Path) -> Result<Environment, EngineError> {
     Ok(environment.insert(built).clone())
 }
 
+/// Oldest minor version of ONNX Runtime 1 whose CUDA provider is accepted: the
+/// one that was run on a GPU. Up to at least 1.24.2, the norm that adds to the
+/// residual stream overflowed in fp16, and gave zeros without an error.
+pub const CUDA_MINOR_VERSION_MIN: u32 = 31;
+
+/// Refuses the CUDA provider of a library that is too old for it.
+///
+/// # Errors
+///
+/// When the process's library is older than [`CUDA_MINOR_VERSION_MIN`].
+pub(super) fn check_for_cuda() -> Result<(), String> {
+    static MINOR: OnceLock<Option<u32>> = OnceLock::new();
+    let minor = MINOR.get_or_init(|| ort::util::probe(LOADED.get()?));
+    check_minor_for_cuda(*minor)
+}
+
+/// Refuses a minor version. An unknown version is accepted, since the library
+/// has been loaded as a version that is supported.
+fn check_minor_for_cuda(minor: Option<u32>) -> Result<(), String> {
+    match minor {
+        Some(minor) if minor < CUDA_MINOR_VERSION_MIN => Err(format!(
+            "ONNX Runtime 1.{minor} is too old for GPUs, where norms in fp16 may overflow to zeros \
+             without an error; use 1.{CUDA_MINOR_VERSION_MIN} or newer (--onnxruntime)"
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// Loads the libraries of CUDA that the provider of the process's library
 /// needs, once.
 pub(super) fn preload_cuda() {
@@ -130,6 +158,18 @@ mod tests {
         // Tests run in the package's directory.
         let here = std::path::absolute("Cargo.toml").unwrap();
         assert_eq!(found("Cargo.toml"), here);
+    }
+
+    #[test]
+    fn gpus_need_a_newer_version() {
+        assert_eq!(check_minor_for_cuda(None), Ok(()));
+        assert_eq!(check_minor_for_cuda(Some(31)), Ok(()));
+        let error = check_minor_for_cuda(Some(30)).unwrap_err();
+        assert!(error.starts_with("ONNX Runtime 1.30 is too old"), "{error}");
+        assert!(
+            error.ends_with("use 1.31 or newer (--onnxruntime)"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -30,6 +30,7 @@ use crate::model::precision::Provider;
 use crate::model::wire::{self, ExternalTensor, Substitute};
 use crate::model::{GraphFiles, manifest};
 use crate::runtime::error::{EngineError, runtime};
+use crate::runtime::failure::Failures;
 use crate::runtime::{Runtime, pages, products_of_bytes_overflow};
 
 /// Largest tensor that is written into the graph, in bytes: this includes all
@@ -191,7 +192,12 @@ impl Loader {
                     .map_err(runtime)?;
             }
         }
-        commit(&mut builder, path, rewritten.as_deref().unwrap_or(graph))
+        commit(
+            runtime_,
+            &mut builder,
+            path,
+            rewritten.as_deref().unwrap_or(graph),
+        )
     }
 
     fn with_copied(
@@ -244,7 +250,12 @@ impl Loader {
                 .with_external_initializer_file_in_memory(&tensor.location, content)
                 .map_err(runtime)?;
         }
-        commit(&mut builder, path, rewritten.as_deref().unwrap_or(graph))
+        commit(
+            runtime_,
+            &mut builder,
+            path,
+            rewritten.as_deref().unwrap_or(graph),
+        )
     }
 }
 
@@ -263,13 +274,23 @@ fn builder(runtime_: &Runtime, path: &Path) -> Result<SessionBuilder, EngineErro
         .map_err(runtime)
 }
 
-fn commit(builder: &mut SessionBuilder, path: &Path, graph: &[u8]) -> Result<Session, EngineError> {
-    builder.commit_from_memory(graph).map_err(|error| {
-        refuse(
-            path,
-            format!("not a graph that ONNX Runtime can load: {error}"),
-        )
-    })
+fn commit(
+    runtime_: &Runtime,
+    builder: &mut SessionBuilder,
+    path: &Path,
+    graph: &[u8],
+) -> Result<Session, EngineError> {
+    let failures = Failures::of(runtime_);
+    builder
+        .commit_from_memory(graph)
+        .map_err(|error| match failures.run(&error) {
+            // A lost device says nothing about the graph.
+            lost @ EngineError::Device(_) => lost,
+            _ => refuse(
+                path,
+                format!("not a graph that ONNX Runtime can load: {error}"),
+            ),
+        })
 }
 
 impl Key {

@@ -10,6 +10,7 @@ use crate::model::onnx::{
 };
 use crate::runtime::Runtime;
 use crate::runtime::error::{EngineError, cannot_be_had};
+use crate::runtime::failure::leak_if_lost;
 
 /// Runs a tiny graph on the provider. A provider that registers may still have
 /// no device, which only a session notices.
@@ -45,10 +46,13 @@ pub fn probe(runtime: &Runtime) -> Result<(), EngineError> {
         }),
         ..ModelProto::default()
     };
-    let run = |text: &[u8]| -> ort::Result<()> {
-        let mut session = plain.builder()?.commit_from_memory(text)?;
-        session.run(ort::inputs!["x" => Tensor::from_array(([1], vec![1.0_f32]))?])?;
-        Ok(())
-    };
-    run(&model.encode_to_vec()).map_err(|error| cannot_be_had(runtime.provider, &error))
+    let refused = |error: ort::Error| cannot_be_had(runtime.provider, &error);
+    let mut session = plain
+        .builder()
+        .and_then(|mut builder| builder.commit_from_memory(&model.encode_to_vec()))
+        .map_err(refused)?;
+    let outcome = Tensor::from_array(([1], vec![1.0_f32]))
+        .and_then(|x| session.run(ort::inputs!["x" => x]).map(drop))
+        .map_err(refused);
+    outcome.inspect_err(|error| leak_if_lost(session, error))
 }

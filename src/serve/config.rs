@@ -21,6 +21,7 @@ use crate::model::ModelNeed;
 use crate::model::buckets::Buckets;
 use crate::model::head::HeadFlag;
 use crate::model::precision::Precision;
+use crate::runtime::GpuAttention;
 use crate::telemetry::LogConfig;
 
 pub(crate) use self::access::ANY_ORIGIN;
@@ -117,9 +118,11 @@ pub struct ModelConfig {
     #[command(flatten)]
     pub devices: DeviceFlags,
 
-    /// GPU memory that the model may use on each device; 0 allows all of it.
-    /// The weights and the key/value cache of generation count too. With a
-    /// limit, no runs are captured as CUDA graphs
+    /// GPU memory that all graphs of the model may use together on each device,
+    /// with the weights, which each graph has on its own, and with the key/value
+    /// cache of generation; 0 allows all of it. CUDA's context and the buffers
+    /// of copies, some hundred MiB, come on top. With a limit, no runs are
+    /// captured as CUDA graphs
     #[arg(
         long,
         env = "IMAGEGPT_GPU_MEMORY_LIMIT",
@@ -129,10 +132,12 @@ pub struct ModelConfig {
     )]
     pub gpu_memory_limit: ByteSize,
 
-    /// Capture runs on a GPU as CUDA graphs, one per batch size, so that a run
-    /// is launched in one step instead of kernel by kernel. Where graphs cannot
-    /// be captured, for example with --gpu-memory-limit, auto runs without them
-    /// and reports that in the log, in GetModel and in a metric
+    /// Capture runs on a GPU as CUDA graphs, one per batch size and one for all
+    /// steps of generation, so that a run is launched in one step instead of
+    /// kernel by kernel. Where graphs cannot be captured, for example with
+    /// --gpu-memory-limit, auto runs without them and reports that in the log, in
+    /// GetModel and in a metric. A captured run that nobody waits for any more
+    /// runs to its end
     #[arg(long, env = "IMAGEGPT_CUDA_GRAPHS", value_enum, default_value = "auto")]
     pub cuda_graphs: CudaGraphs,
 
@@ -171,6 +176,33 @@ pub enum CudaGraphs {
     Auto,
     /// Runs are never captured.
     Off,
+}
+
+/// Kernel for attention in steps of generation on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum GenerateAttention {
+    /// ONNX Runtime chooses.
+    Auto,
+    /// Flash attention.
+    Flash,
+    /// Memory-efficient attention.
+    Efficient,
+    /// cuDNN's flash attention.
+    Cudnn,
+    /// Products and a softmax apart.
+    Unfused,
+}
+
+impl From<GenerateAttention> for GpuAttention {
+    fn from(flag: GenerateAttention) -> Self {
+        match flag {
+            GenerateAttention::Auto => Self::Auto,
+            GenerateAttention::Flash => Self::Flash,
+            GenerateAttention::Efficient => Self::Efficient,
+            GenerateAttention::Cudnn => Self::Cudnn,
+            GenerateAttention::Unfused => Self::Unfused,
+        }
+    }
 }
 
 /// Flags for the compilation of a model that is not compiled yet.
@@ -429,6 +461,18 @@ pub struct GenerationConfig {
         value_parser = clap::value_parser!(u16).range(0..=1024)
     )]
     pub generate_slots: u16,
+
+    /// Kernel of ONNX Runtime for attention in steps of generation on a GPU. For
+    /// heads of 64, 128 and 256, ONNX Runtime uses its kernel XQA before any of
+    /// these, unless the environment has ORT_ENABLE_XQA=0. Only auto has run on a
+    /// GPU yet
+    #[arg(
+        long,
+        env = "IMAGEGPT_GENERATE_ATTENTION",
+        value_enum,
+        default_value = "auto"
+    )]
+    pub generate_attention: GenerateAttention,
 
     /// Memory for the key/value cache of generated images on each device. If
     /// the memory is too small for --generate-slots images, fewer images are

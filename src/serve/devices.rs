@@ -258,6 +258,7 @@ mod tests {
                 n_slots: 4,
                 slot_bytes: 1,
                 chunk: 1,
+                chunks_are_powers: false,
                 rows_min: 2,
                 shares_prefixes: false,
             }),

@@ -25,7 +25,7 @@ use super::devices::{DeviceIdx, DeviceReports};
 use super::handoff::{
     Batch, BatchUnit, EngineNotice, EngineSlot, EngineTurn, FinishedRun, PendingReplies,
 };
-use crate::engine::{BatchRow, Engine, EngineFactory, GraphRun, RunStop};
+use crate::engine::{BatchRow, CanaryOutcome, Engine, EngineFactory, GraphRun, RunStop};
 use crate::model::buckets::Buckets;
 use crate::model::graph::Graph;
 use crate::runtime::error::EngineError;
@@ -80,6 +80,7 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
         runs: Vec::new(),
         replies: Vec::new(),
         began: Instant::now(),
+        has_left: false,
     };
     match life.live() {
         Ok(()) => reports.ended(device),
@@ -126,6 +127,10 @@ struct Life {
     replies: Vec<PendingReplies>,
     /// Beginning of the present batch, before any run of it failed.
     began: Instant,
+    /// True if a part of the batch was left uncomputed because it was told to
+    /// stop. A run that ends before it notices the request was not stopped, nor
+    /// was a captured run, which cannot be.
+    has_left: bool,
 }
 
 impl Life {
@@ -172,7 +177,8 @@ impl Life {
         self.began = Instant::now();
         self.runner.stop.begin(batch.id);
         let outcome = self.attempt(batch.graph, batch.bucket, &batch.units);
-        if self.runner.stop.end() {
+        self.runner.stop.end();
+        if std::mem::take(&mut self.has_left) {
             self.runner.metrics.stopped();
         }
         outcome.inspect_err(|error| {
@@ -234,8 +240,11 @@ impl Life {
     fn canary(&mut self) -> Result<(), EngineError> {
         let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| self.engine.canary()))
             .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))));
+        if matches!(outcome, Ok(CanaryOutcome::Skipped)) {
+            return Ok(());
+        }
         self.runner.metrics.canary(outcome.is_ok());
-        outcome.map_err(|error| match error {
+        outcome.map(drop).map_err(|error| match error {
             EngineError::Panicked(_) => error,
             // Only the device can be at fault, since this input was computed
             // correctly before.
@@ -433,7 +442,8 @@ impl Life {
 
     /// Answers the remaining callers of a stopped run, for which no caller was
     /// waiting any more.
-    fn leave(&self, units: &[BatchUnit]) {
+    fn leave(&mut self, units: &[BatchUnit]) {
+        self.has_left = true;
         let stage = RequestStage::Engine;
         for unit in units {
             let dropped = |error: &StageError| self.runner.metrics.dead(error);

@@ -132,6 +132,7 @@ fn onnx_options(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> on
         gpu_memory_limit: Some(to_usize(config.model.gpu_memory_limit.as_u64()))
             .filter(|&limit| limit > 0),
         cuda_graphs: config.model.cuda_graphs == CudaGraphs::Auto,
+        generate_attention: config.generation.generate_attention.into(),
     }
 }
 

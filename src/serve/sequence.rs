@@ -163,6 +163,9 @@ impl Sequence {
             return Ok(());
         };
         let token = if let Some(token) = forced {
+            if !all_finite(logits) {
+                return Err(NotFinite);
+            }
             token
         } else {
             let place = DrawPlace {
@@ -217,6 +220,15 @@ impl Sequence {
         };
         self.ticket.finish(outcome.map(|()| answer));
     }
+}
+
+/// Returns true if no logit is NaN or infinite.
+pub(crate) fn all_finite(logits: &[f32]) -> bool {
+    const INFINITY: u32 = f32::INFINITY.to_bits();
+    // The largest size, rather than a search, takes the CPU's vector
+    // instructions.
+    let sizes = logits.iter().map(|logit| logit.to_bits() & !(1 << 31));
+    sizes.fold(0, u32::max) < INFINITY
 }
 
 #[cfg(test)]
@@ -331,6 +343,20 @@ mod tests {
         let (mut sequence, _outcome, _rows) = sequence(&[], KeptPixels::All);
         assert!(sequence.advance(&[f32::NAN; 4]).is_err());
         assert_eq!(sequence.n_steps_left(), 4);
+    }
+
+    #[test]
+    fn a_known_pixel_hides_no_logits_that_are_no_numbers() {
+        for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let known = KeptPixels::Mask([false, true, false, false].into());
+            let (mut sequence, _outcome, _rows) = sequence(&[1, 1, 2, 3], known);
+            sequence
+                .advance(&[0.0, 1.0, 0.0, 0.0])
+                .expect("it is drawn");
+            let logits = [f32::MAX, f32::MIN, -0.0, bad];
+            sequence.advance(&logits).expect_err("the pixel is known");
+        }
+        assert!(all_finite(&[f32::MAX, f32::MIN, -0.0, f32::MIN_POSITIVE]));
     }
 
     #[test]

@@ -694,18 +694,18 @@ async fn files_that_an_export_names_are_in_its_digest() {
 async fn a_folder_of_an_older_version_is_refused_with_what_to_do() {
     let why = why_not(&before("compiled")).await;
     for part in [
-        "has format 6 of version 0.1.0; this version reads format 7",
+        "has format 6 of version 0.1.0; this version reads format 8",
         "imagegpt compile tests/data/models/micro-checkpoint --precision fp32 --output DIR",
     ] {
         assert!(why.contains(part), "{why}");
     }
     // A format that is not known yet may have anything in its manifest.
     let dir = tempfile::tempdir().expect("a folder");
-    let manifest = r#"{"format": 8, "tool_version": "9.0.0", "precision": "fp1"}"#;
+    let manifest = r#"{"format": 9, "tool_version": "9.0.0", "precision": "fp1"}"#;
     std::fs::write(dir.path().join("imagegpt.json"), manifest).expect("written");
     let why = why_not(dir.path()).await;
     let part =
-        "has format 8, written by imagegpt 9.0.0; this version reads format 7; upgrade imagegpt";
+        "has format 9, written by imagegpt 9.0.0; this version reads format 8; upgrade imagegpt";
     assert!(why.contains(part), "{why}");
 }
 

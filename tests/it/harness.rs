@@ -8,7 +8,8 @@ use clap::Parser;
 use imagegpt::engine::fake::{FakeEngine, Script};
 use imagegpt::engine::onnx::OnnxOptions;
 use imagegpt::engine::{
-    Engine, EngineFactory, EngineFacts, GraphRun, RunSpan, RunStop, SlotFeed, WarmRun,
+    CanaryOutcome, Engine, EngineFactory, EngineFacts, GraphRun, RunSpan, RunStop, SlotFeed,
+    WarmRun,
 };
 use imagegpt::model::Model;
 use imagegpt::model::buckets::Buckets;
@@ -16,6 +17,7 @@ use imagegpt::model::head::LinearHead;
 use imagegpt::model::precision::ProviderChoice;
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
+use imagegpt::runtime::GpuAttention;
 use imagegpt::runtime::error::EngineError;
 use imagegpt::runtime::library::find_library;
 use imagegpt::serve::config::ServeConfig;
@@ -142,7 +144,11 @@ impl Engine for Altered {
         self.engine.copy_slot(from, to, n)
     }
 
-    fn canary(&mut self) -> Result<(), EngineError> {
+    fn fill_slot(&mut self, slot: usize, number: f32) -> Result<(), EngineError> {
+        self.engine.fill_slot(slot, number)
+    }
+
+    fn canary(&mut self) -> Result<CanaryOutcome, EngineError> {
         self.engine.canary()
     }
 
@@ -173,6 +179,7 @@ pub(crate) fn onnx_options(model: Model) -> OnnxOptions {
         generate_bytes_max: 0,
         gpu_memory_limit: None,
         cuda_graphs: false,
+        generate_attention: GpuAttention::Auto,
     }
 }
 

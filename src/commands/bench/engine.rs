@@ -6,6 +6,7 @@
 //! every graph at every batch size, so that a machine that slows down slows all
 //! of them. Results are medians over all rounds.
 
+mod cache;
 mod flags;
 mod flop;
 mod nearness;
@@ -20,6 +21,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::{Map, json};
 
+use self::cache::NanCache;
 use self::flop::ImageWork;
 use self::nearness::BenchNearness;
 use super::flags::Flags;
@@ -101,6 +103,8 @@ struct Findings {
     generate: Vec<Stepped>,
     /// Differences from the answers of `--reference`.
     nearness: Vec<BenchNearness>,
+    /// Result of `--nan-cache`.
+    nan_cache: Option<NanCache>,
 }
 
 /// Runs `imagegpt bench engine` and writes its tables to `out`.
@@ -212,6 +216,11 @@ fn measure(
         loaded.config.batching.buckets().largest(),
         flags.seed,
     );
+    let nan_cache = if args.nan_cache {
+        cache::check(&mut *loaded.engine)?
+    } else {
+        None
+    };
     let mut graphs = graphs(loaded);
     let mut generate = steps(args, loaded)?;
     prefill(loaded, &generate)?;
@@ -263,6 +272,7 @@ fn measure(
         graphs,
         generate,
         nearness,
+        nan_cache,
     })
 }
 

@@ -89,6 +89,20 @@ impl<'p> Builder<'p> {
         name.to_owned()
     }
 
+    /// Adds a constant in f32, once, and returns its name.
+    pub(super) fn float32(&mut self, name: &str, value: f32) -> String {
+        if self.initializers.insert(name.to_owned()) {
+            self.graph.initializer.push(TensorProto {
+                name: name.to_owned(),
+                dims: vec![1],
+                data_type: DataType::Float.into(),
+                raw_data: value.to_le_bytes().to_vec(),
+                ..TensorProto::default()
+            });
+        }
+        name.to_owned()
+    }
+
     /// Adds an empty tensor, for a required input of an operator that has no
     /// value.
     pub(super) fn nothing(&mut self) -> String {

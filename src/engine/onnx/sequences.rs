@@ -7,9 +7,9 @@
 //! and copies nothing. These views are bound once for each range of slots that
 //! is ever run; only a few integers change from step to step.
 //!
-//! On a GPU a step always runs with all slots, since fewer rows would hardly
-//! save time. With CUDA graphs this step is captured, and then its inputs and
-//! outputs stay in the device's memory as well.
+//! On a GPU a step always runs with all slots, whose inputs and outputs are in
+//! the device's memory, so that it can be captured as one CUDA graph. A step of
+//! few slots would take less time: see benches/GPU.md.
 //!
 //! The attention operator of the graph chooses the order of numbers within a
 //! head; all operators keep whole blocks of [`BLOCK`] positions one after
@@ -38,9 +38,9 @@ use crate::engine::{RunSpan, SequenceFacts, SlotFeed, SlotFeedRow, WarmRun};
 use crate::kernels::attention::{BLOCK, SharedPrefix};
 use crate::model::graph::{Graph, PREFIXES};
 use crate::model::precision::Provider;
-use crate::runtime::error::{EngineError, run_failed, runtime};
+use crate::runtime::error::{EngineError, runtime};
 use crate::runtime::load::Loader;
-use crate::runtime::{Residence, Runtime, placement};
+use crate::runtime::{GpuAttention, Residence, Runtime, placement};
 
 /// Number of tokens of a primer that are fed in one run on a CPU. Such a run
 /// takes about as long as a few steps of imagegpt-small, so that it hardly
@@ -57,6 +57,11 @@ const SLOTS_MAX: usize = 1 << 16;
 /// tokens would not fill.
 const CHUNK_CUDA: usize = 256;
 
+/// Size of what is copied at a time to fill slots: large enough that
+/// launching the copies takes less time than they do, and small beside any
+/// cache.
+const FILLING_BYTES_MAX: usize = 16 << 20;
+
 /// Inputs of a step that change from step to step.
 const STEP_INPUTS: [&str; 3] = ["input_ids", "position_ids", "seqlens_k"];
 /// Id of the captured step, the only one of its session.
@@ -71,6 +76,7 @@ pub(super) struct SequenceOptions {
     pub(super) bytes_max: usize,
     pub(super) positions: usize,
     pub(super) n_colors: usize,
+    pub(super) attention: GpuAttention,
 }
 
 /// Engine of generation, with a key/value cache that is updated in place.
@@ -87,7 +93,10 @@ pub(super) struct SequenceEngine {
     session: Session,
     buffers: Vec<Buffer>,
     memory: MemoryInfo<'static>,
-    is_cuda: bool,
+    /// True if steps always run with all slots, from memory of the device, as on
+    /// a GPU.
+    has_one_size: bool,
+    n_layers: usize,
     element: TensorElementType,
     /// Shape of one slot in one buffer: heads, positions in whole blocks,
     /// elements.
@@ -126,7 +135,8 @@ impl Place {
 }
 
 impl SequenceEngine {
-    pub(super) fn load(
+    /// Opens the graph. [`SequenceEngine::prepare`] comes next.
+    pub(super) fn open(
         runtime_: &Runtime,
         loader: &mut Loader,
         path: &Path,
@@ -142,6 +152,7 @@ impl SequenceEngine {
         // fast, and give each row the same bits whatever the other rows are.
         let packed = Runtime {
             residence: Residence::Packed,
+            attention: options.attention,
             ..runtime_.clone()
         };
         let session = loader.session(&packed, path)?;
@@ -177,11 +188,12 @@ impl SequenceEngine {
             (false, true) => 1,
             (false, false) => ROWS_MIN_CPU,
         };
-        let mut engine = Self {
+        Ok(Self {
             facts: SequenceFacts {
                 n_slots,
                 slot_bytes,
                 chunk: if is_cuda { CHUNK_CUDA } else { CHUNK_CPU },
+                chunks_are_powers: has_one_size,
                 rows_min,
                 shares_prefixes,
             },
@@ -192,18 +204,24 @@ impl SequenceEngine {
             session,
             buffers: Vec::new(),
             memory,
-            is_cuda,
+            has_one_size,
+            n_layers,
             element,
             slot,
             positions: options.positions,
             n_colors: options.n_colors,
             has_scratch: n_slots == 1 && !shares_prefixes,
-        };
-        engine.allocate(n_layers)?;
-        if has_one_size {
-            engine.step = Some(engine.step()?);
+        })
+    }
+
+    /// Allocates the key/value cache and binds the step of all slots.
+    pub(super) fn prepare(&mut self) -> Result<(), EngineError> {
+        self.allocate()?;
+        self.fill_slots(0, self.n_buffers(), 0.0)?;
+        if self.has_one_size {
+            self.step = Some(self.step()?);
         }
-        Ok(engine)
+        Ok(())
     }
 
     /// Returns the number of slots that have memory, the scratch slot included.
@@ -211,8 +229,8 @@ impl SequenceEngine {
         self.facts.n_slots + usize::from(self.has_scratch)
     }
 
-    fn allocate(&mut self, n_layers: usize) -> Result<(), EngineError> {
-        for layer in 0..n_layers {
+    fn allocate(&mut self) -> Result<(), EngineError> {
+        for layer in 0..self.n_layers {
             for part in ["key", "value"] {
                 let place = self.place()?;
                 self.buffers.push(Buffer {
@@ -227,13 +245,13 @@ impl SequenceEngine {
 
     /// Allocates the memory of one buffer.
     fn place(&self) -> Result<Place, EngineError> {
-        if self.is_cuda {
-            let allocator = Allocator::new(&self.session, self.memory.clone()).map_err(runtime)?;
+        if self.has_one_size {
+            let allocator = self.allocator()?;
             let [heads, positions, position_len] = self.slot;
             let shape = [self.n_buffers(), heads, positions, position_len];
             return DynTensor::new(&allocator, self.element, shape)
                 .map(Place::Device)
-                .map_err(run_failed);
+                .map_err(runtime);
         }
         let bytes = self.n_buffers() * self.buffer_bytes();
         let memory = MmapMut::map_anon(bytes).map_err(|error| {
@@ -244,6 +262,93 @@ impl SequenceEngine {
         Ok(Place::Host(memory))
     }
 
+    fn allocator(&self) -> Result<Allocator, EngineError> {
+        Allocator::new(&self.session, self.memory.clone()).map_err(runtime)
+    }
+
+    /// Sets the keys and values of `n` slots from `first` on to a number. Memory
+    /// of a device is not zero when it is allocated.
+    pub(super) fn fill_slots(
+        &mut self,
+        first: usize,
+        n: usize,
+        number: f32,
+    ) -> Result<(), EngineError> {
+        self.check_slots(first, n)?;
+        match self.element {
+            TensorElementType::Float16 => self.fill_as(first, n, half::f16::from_f32(number)),
+            TensorElementType::Bfloat16 => self.fill_as(first, n, half::bf16::from_f32(number)),
+            // Bytes of the worker's own format, in which zero alone is known.
+            TensorElementType::Uint8 if number == 0.0 => self.fill_as(first, n, 0_u8),
+            TensorElementType::Uint8 => Err(EngineError::Runtime(format!(
+                "keys and values of this model cannot be {number}"
+            ))),
+            _ => self.fill_as(first, n, number),
+        }
+    }
+
+    fn fill_as<T>(&mut self, first: usize, n: usize, number: T) -> Result<(), EngineError>
+    where
+        T: PrimitiveTensorElementType + bytemuck::Pod + std::fmt::Debug,
+    {
+        let slot_bytes = self.buffer_bytes();
+        if !self.has_one_size {
+            for buffer in &mut self.buffers {
+                if let Place::Host(memory) = &mut buffer.place {
+                    let slots = &mut memory[first * slot_bytes..(first + n) * slot_bytes];
+                    bytemuck::cast_slice_mut::<u8, T>(slots).fill(number);
+                }
+            }
+            return Ok(());
+        }
+        let most = (FILLING_BYTES_MAX / slot_bytes.max(1)).clamp(1, n.max(1));
+        let mut filling: Option<Filling<T>> = None;
+        for start in (first..first + n).step_by(most) {
+            let n = most.min(first + n - start);
+            if filling.as_ref().is_none_or(|filling| filling.n_slots != n) {
+                filling = Some(self.filling(n, number)?);
+            }
+            for buffer in &mut self.buffers {
+                let view = View {
+                    memory: &self.memory,
+                    first: start,
+                    shape: [n, self.slot[0], self.slot[1], self.slot[2]],
+                };
+                if let Some(filling) = &mut filling {
+                    filling.copy_to(&view, buffer).map_err(runtime)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a copy of `number` for each place of `n` slots of one buffer, on the
+    /// device if possible.
+    fn filling<T>(&self, n: usize, number: T) -> Result<Filling<T>, EngineError>
+    where
+        T: PrimitiveTensorElementType + bytemuck::Pod + std::fmt::Debug,
+    {
+        let [heads, positions, position_len] = self.slot;
+        let shape = [n, heads, positions, position_len];
+        let values = vec![number; shape.iter().product()];
+        let host = Tensor::from_array((shape, values)).map_err(runtime)?;
+        let allocator = self.allocator()?;
+        let on_device = || -> ort::Result<Tensor<T>> {
+            let mut device = Tensor::new(&allocator, shape)?;
+            host.copy_into(&mut device)?;
+            Ok(device)
+        };
+        // Without memory for it on the device, each copy comes from the host.
+        let device = on_device().inspect_err(|error| {
+            tracing::debug!(%error, "keys and values are filled from the host");
+        });
+        Ok(Filling {
+            n_slots: n,
+            host,
+            device: device.ok(),
+        })
+    }
+
     /// Returns the size of one slot in one buffer, in bytes.
     fn buffer_bytes(&self) -> usize {
         self.slot.iter().product::<usize>() * element_bytes(self.element)
@@ -252,18 +357,8 @@ impl SequenceEngine {
     /// Runs a primer and a step of each size, before any caller waits for them.
     pub(super) fn warm_up(&mut self) -> Result<Vec<WarmRun>, EngineError> {
         let mut warm = Vec::new();
-        let chunk: Vec<u16> = vec![0; self.facts.chunk.min(self.positions)];
-        let primer = SlotFeedRow {
-            tokens: &chunk,
-            past: 0,
-        };
         let mut logits = Vec::new();
-        let feed = SlotFeed {
-            first_slot: 0,
-            rows: &[primer],
-            prefixes: &[],
-        };
-        self.feed(&feed, &mut logits, &mut None)?;
+        self.warm_up_primers(&mut logits)?;
         let start = u16::try_from(self.n_colors).unwrap_or(u16::MAX);
         for size in self.facts.sizes().iter() {
             let row = SlotFeedRow {
@@ -291,6 +386,30 @@ impl SequenceEngine {
         }
         self.use_huge_pages();
         Ok(warm)
+    }
+
+    /// Runs primers of all lengths, first and later pieces: on a GPU, kernels
+    /// are chosen and built for each length.
+    fn warm_up_primers(&mut self, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        let (facts, positions) = (self.facts, self.positions);
+        for length in facts.pieces(positions) {
+            let tokens: Vec<u16> = vec![0; length];
+            let later = facts.chunks_are_powers.then_some(facts.chunk);
+            let pasts = std::iter::once(0).chain(later);
+            for past in pasts.filter(|past| past + length <= positions) {
+                let piece = SlotFeedRow {
+                    tokens: &tokens,
+                    past,
+                };
+                let feed = SlotFeed {
+                    first_slot: 0,
+                    rows: &[piece],
+                    prefixes: &[],
+                };
+                self.feed(&feed, logits, &mut None)?;
+            }
+        }
+        Ok(())
     }
 
     /// Asks for huge pages, once the warm-up is over: it writes a few positions
@@ -354,7 +473,7 @@ impl SequenceEngine {
         let options = &self.uncaptured;
         let (outputs, ran) = RunSpan::of(|| session.run_binding_with_options(binding, options));
         *span = Some(ran);
-        let outputs = outputs.map_err(run_failed)?;
+        let outputs = outputs.map_err(runtime)?;
         let output = outputs
             .get("logits")
             .ok_or_else(|| EngineError::Runtime("the run returned no logits".to_owned()))?;
@@ -386,15 +505,20 @@ impl SequenceEngine {
         Ok(binding)
     }
 
+    /// Refuses slots that do not exist.
+    fn check_slots(&self, first: usize, n: usize) -> Result<(), EngineError> {
+        let n_slots = self.n_buffers();
+        match first.checked_add(n) {
+            Some(end) if end <= n_slots => Ok(()),
+            _ => Err(EngineError::Runtime(format!(
+                "{n} slots from {first} on were requested; there are {n_slots}"
+            ))),
+        }
+    }
+
     /// Binds the keys and values of `n` slots from `first` on.
     fn bind_slots(&mut self, first: usize, n: usize) -> Result<IoBinding, EngineError> {
-        if first + n > self.n_buffers() {
-            return Err(EngineError::Runtime(format!(
-                "slots {first} to {} were requested; there are {}",
-                first + n,
-                self.n_buffers()
-            )));
-        }
+        self.check_slots(first, n)?;
         let mut binding = self.session.create_binding().map_err(runtime)?;
         for buffer in &mut self.buffers {
             let view = View {
@@ -420,7 +544,7 @@ impl SequenceEngine {
         let allocator = Allocator::new(&self.session, self.memory.clone()).map_err(runtime)?;
         let new = |allocator: &Allocator| Placed::new(allocator, n_rows, self.n_colors);
         let host = new(&Allocator::default()).map_err(runtime)?;
-        let mut device = new(&allocator).map_err(run_failed)?;
+        let mut device = new(&allocator).map_err(runtime)?;
         for (name, tensor) in STEP_INPUTS.into_iter().zip(&device.tokens) {
             binding.bind_input(name, tensor).map_err(runtime)?;
         }
@@ -529,7 +653,7 @@ impl Step {
             self.device.logits.copy_into(&mut self.host.logits)
         });
         *span = Some(ran);
-        outcome.map_err(run_failed)?;
+        outcome.map_err(runtime)?;
         Ok(self.host.logits.extract_tensor().1)
     }
 }
@@ -590,6 +714,31 @@ fn layout(session: &Session, positions: usize) -> Option<(usize, TensorElementTy
     ))
 }
 
+/// One number for all places of some slots of one buffer.
+struct Filling<T: PrimitiveTensorElementType + std::fmt::Debug> {
+    n_slots: usize,
+    host: Tensor<T>,
+    /// The same on the device, from which copies are hundreds of times as fast.
+    device: Option<Tensor<T>>,
+}
+
+impl<T: PrimitiveTensorElementType + std::fmt::Debug> Filling<T> {
+    /// Copies the number to as many slots. If a copy within the device fails,
+    /// this and all others come from the host.
+    fn copy_to(&mut self, view: &View<'_>, buffer: &mut Buffer) -> ort::Result<()> {
+        if let Some(device) = &self.device {
+            match device.copy_into(view.tensor::<T>(&mut buffer.place)?) {
+                Ok(()) => return Ok(()),
+                Err(error) => {
+                    tracing::debug!(%error, "keys and values are filled from the host");
+                    self.device = None;
+                }
+            }
+        }
+        self.host.copy_into(view.tensor::<T>(&mut buffer.place)?)
+    }
+}
+
 /// View of some slots of a buffer.
 struct View<'a> {
     memory: &'a MemoryInfo<'static>,
@@ -598,25 +747,32 @@ struct View<'a> {
 }
 
 impl View<'_> {
+    /// Returns the slots as a tensor.
+    fn tensor<'b, T: PrimitiveTensorElementType + std::fmt::Debug>(
+        &self,
+        place: &'b mut Place,
+    ) -> ort::Result<TensorRefMut<'b, T>> {
+        let [_, heads, positions, position_len] = self.shape;
+        let offset = self.first * heads * positions * position_len * size_of::<T>();
+        let data = place.data().wrapping_byte_add(offset);
+        let shape = Shape::new(
+            self.shape
+                .map(|size| i64::try_from(size).unwrap_or(i64::MAX)),
+        );
+        // SAFETY: `check_slots` has checked that the slots are within the
+        // buffer. The buffer's size did not overflow when it was allocated,
+        // `self.memory` describes it, and `SequenceEngine` neither moves nor
+        // frees it while a binding exists.
+        unsafe { TensorRefMut::from_raw(self.memory.clone(), data, shape) }
+    }
+
     /// Binds the view as input (past) and as output (present).
     fn bind<T: PrimitiveTensorElementType + std::fmt::Debug>(
         &self,
         binding: &mut IoBinding,
         buffer: &mut Buffer,
     ) -> ort::Result<()> {
-        let [_, heads, positions, position_len] = self.shape;
-        let offset = self.first * heads * positions * position_len * size_of::<T>();
-        let data = buffer.place.data().wrapping_byte_add(offset);
-        let shape = Shape::new(
-            self.shape
-                .map(|size| i64::try_from(size).unwrap_or(i64::MAX)),
-        );
-        // SAFETY: `bind_slots` has checked that the slots are within the
-        // buffer. The buffer's size did not overflow when it was allocated,
-        // `self.memory` describes it, and `SequenceEngine` neither moves nor
-        // frees it while a binding exists.
-        let view: TensorRefMut<'_, T> =
-            unsafe { TensorRefMut::from_raw(self.memory.clone(), data, shape)? };
+        let view = self.tensor::<T>(&mut buffer.place)?;
         let name = CString::new(buffer.past.as_str()).map_err(ort::Error::wrap)?;
         // SAFETY: all three pointers are to values that live during the call,
         // and ONNX Runtime keeps its own reference to the tensor. The safe

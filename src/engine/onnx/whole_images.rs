@@ -4,10 +4,11 @@
 //! the tokens change from run to run. With CUDA graphs they are in the device's
 //! memory, because a captured run always uses the addresses of its capture.
 //!
-//! On the host they are in ordinary memory. ONNX Runtime 1.31 refuses an output
-//! that is bound to pinned memory (it tries to copy it onto itself), and there
-//! is little to gain: of a run of 19 ms, the upload of 64 images takes 0.04 ms
-//! and the download of their means 0.3 ms.
+//! On the host they are in ordinary memory, since ONNX Runtime 1.31 refuses an
+//! output that is bound to pinned memory (it tries to copy it onto itself). Of a
+//! run of 19 ms, the upload of 64 images takes 0.04 ms and the download of their
+//! means 0.3 ms; the copies also take a lock that all devices share, which
+//! benches/GPU.md has a plan for.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -26,7 +27,7 @@ use super::answers::answers;
 use crate::engine::{BatchRow, GraphRun, RunSpan};
 use crate::model::graph::Graph;
 use crate::model::precision::Provider;
-use crate::runtime::error::{EngineError, run_failed, runtime};
+use crate::runtime::error::{EngineError, runtime};
 use crate::runtime::load::Loader;
 use crate::runtime::{Runtime, placement};
 
@@ -216,6 +217,11 @@ impl WholeGraph {
         })
     }
 
+    /// True if runs are captured, all but the first.
+    pub(super) fn captures(&self) -> bool {
+        self.captures
+    }
+
     /// Returns the options of the next run of `size` images, without a stop
     /// request of an earlier run.
     pub(super) fn options(&mut self, size: usize) -> ort::Result<Arc<RunOptions>> {
@@ -268,7 +274,7 @@ impl WholeGraph {
             outcome.map(drop)
         });
         *span = Some(ran);
-        outcome.map_err(run_failed)?;
+        outcome.map_err(runtime)?;
         let output = floats(bound.output()?)?;
         answers(run, batch.positions, &output.view())
     }
@@ -283,7 +289,7 @@ impl WholeGraph {
         let outputs = self
             .session
             .run_with_options(feeds, options)
-            .map_err(run_failed)?;
+            .map_err(runtime)?;
         let output = outputs
             .get(&self.output)
             .ok_or_else(|| EngineError::Runtime("the run returned no output".to_owned()))?;
@@ -387,7 +393,7 @@ impl Input {
         allocator: &Allocator,
         batch: WholeBatch<'_>,
     ) -> Result<DynTensor, EngineError> {
-        DynTensor::new(allocator, self.element, [batch.size, batch.positions]).map_err(run_failed)
+        DynTensor::new(allocator, self.element, [batch.size, batch.positions]).map_err(runtime)
     }
 
     /// Writes the numbers of each row; padding repeats the last row, which
@@ -475,7 +481,7 @@ impl Bound {
             let shape: Vec<usize> = std::iter::once(batch.size)
                 .chain(row.iter().copied())
                 .collect();
-            let output = DynTensor::new(allocator, graph.numbers, shape).map_err(run_failed)?;
+            let output = DynTensor::new(allocator, graph.numbers, shape).map_err(runtime)?;
             Ok((inputs?, output))
         };
         let (mut inputs, output) = new(&Memory::host(session)?)?;
@@ -507,7 +513,7 @@ impl Bound {
             Some(on_device) => {
                 let inputs = graph.inputs.iter().zip(&self.inputs);
                 for ((input, host), tensor) in inputs.zip(&mut on_device.inputs) {
-                    host.copy_into(&mut *tensor).map_err(run_failed)?;
+                    host.copy_into(&mut *tensor).map_err(runtime)?;
                     self.binding
                         .bind_input(&input.name, tensor)
                         .map_err(runtime)?;
@@ -537,7 +543,7 @@ impl Bound {
             match &mut self.on_device {
                 Some(on_device) => {
                     if let Some(target) = on_device.inputs.get_mut(idx) {
-                        tensor.copy_into(target).map_err(run_failed)?;
+                        tensor.copy_into(target).map_err(runtime)?;
                     }
                 }
                 // Binding copies the tensor to another device.
@@ -547,7 +553,7 @@ impl Bound {
                     .map_err(runtime)?,
             }
         }
-        self.binding.synchronize_inputs().map_err(run_failed)
+        self.binding.synchronize_inputs().map_err(runtime)
     }
 
     /// Returns the output of the last run, in memory that the host can read.
@@ -556,7 +562,7 @@ impl Bound {
             on_device
                 .output
                 .copy_into(&mut self.output)
-                .map_err(run_failed)?;
+                .map_err(runtime)?;
         }
         Ok(&self.output)
     }

@@ -12,6 +12,9 @@
 //! without a GPU.
 #![expect(unsafe_code, reason = "a GPU's memory is known by its address alone")]
 
+use std::ffi::c_void;
+use std::ptr::NonNull;
+
 use half::{bf16, f16};
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
@@ -92,18 +95,29 @@ impl Kernel for QuickGelu {
                 Half::Bf16 => on_cpu(&x, &mut y, bf16::to_f32, bf16::from_f32),
             };
         }
-        let stream = context.stream()?;
-        let stream = stream.map_or(std::ptr::null_mut(), |stream| stream.as_ptr().cast());
+        let stream = stream(context.stream()?)?;
         let numbers = Numbers {
             x: x.data_ptr().cast(),
             y: y.data_ptr().cast_mut().cast(),
             n,
         };
-        // SAFETY: ONNX Runtime has made the device current for this thread,
-        // passes its stream, keeps both tensors until the stream has finished
-        // with them, and allocates at multiples of 256 bytes.
+        // SAFETY: ONNX Runtime has made the device current for this thread and
+        // passes its stream. It gives the memory of both tensors only to later
+        // work of that stream, and allocates at multiples of 256 bytes. A run
+        // that is captured is launched again only while its session, which owns
+        // that memory, is alive.
         unsafe { kernels::quick_gelu(self.half, numbers, FACTOR, stream) }.map_err(ort::Error::new)
     }
+}
+
+/// Returns the stream that a run gave its operators. Without one the kernel
+/// would run on the default stream, beside the run that it belongs to, and would
+/// read and write numbers too early.
+fn stream<T>(given: Option<NonNull<T>>) -> ort::Result<*mut c_void> {
+    let stream = given.ok_or_else(|| {
+        ort::Error::new("ONNX Runtime gave quick-gelu no CUDA stream, on which it must run")
+    })?;
+    Ok(stream.as_ptr().cast())
 }
 
 fn on_cpu<T: PrimitiveTensorElementType + Copy>(
@@ -119,4 +133,18 @@ fn on_cpu<T: PrimitiveTensorElementType + Copy>(
         *y = narrow(x / (1.0 + (-FACTOR * x).exp()));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_without_a_stream_is_an_error() {
+        let error = stream::<u8>(None).unwrap_err().to_string();
+        assert!(error.contains("no CUDA stream"), "{error}");
+        let mut value = 7;
+        let given = NonNull::from(&mut value);
+        assert_eq!(stream(Some(given)).unwrap(), given.as_ptr().cast());
+    }
 }

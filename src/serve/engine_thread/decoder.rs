@@ -10,6 +10,7 @@
 //! Where a slot's memory can be copied, on a CPU, samples of one primer compute
 //! it once, and a step reads it once for several of them.
 
+use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::time::Instant;
 
@@ -21,7 +22,7 @@ use crate::runtime::error::EngineError;
 use crate::serve::error::{RequestStage, StageError};
 use crate::serve::handoff::SequenceCounts;
 use crate::serve::metrics::{EngineFault, Metrics};
-use crate::serve::sequence::Sequence;
+use crate::serve::sequence::{Sequence, all_finite};
 use crate::telemetry::panic_text;
 
 mod prefixes;
@@ -30,7 +31,7 @@ mod prefixes;
 pub(super) struct Decoder {
     slots: Vec<Option<Sequence>>,
     sizes: Buckets,
-    chunk: usize,
+    facts: Option<SequenceFacts>,
     shares_prefixes: bool,
     /// True until the engine reports that it cannot copy a slot.
     can_copy: bool,
@@ -66,7 +67,7 @@ impl Decoder {
         Self {
             slots: (0..n_slots).map(|_| None).collect(),
             sizes: facts.map_or_else(|| Buckets::powers_of_two(1), |facts| facts.sizes()),
-            chunk: facts.map_or(1, |facts| facts.chunk.max(1)),
+            facts,
             shares_prefixes: facts.is_some_and(|facts| facts.shares_prefixes),
             can_copy: true,
             logits: Vec::new(),
@@ -172,8 +173,8 @@ impl Decoder {
             Ok(()) => {
                 let n_colors = self.logits.len() / size;
                 for &slot in &ready {
-                    let logits = &self.logits[slot * n_colors..(slot + 1) * n_colors];
-                    images += advance(&mut self.slots[slot], logits);
+                    let logits = slot * n_colors..(slot + 1) * n_colors;
+                    images += self.advance(engine, slot, logits)?;
                 }
             }
             Err(error) if ends_engine(&error) => return Err(self.fatal(error)),
@@ -302,7 +303,8 @@ impl Decoder {
         else {
             return Ok(());
         };
-        let n = self.chunk.min(sequence.n_to_feed() - 1);
+        let n_left = sequence.n_to_feed() - 1;
+        let n = self.facts.map_or(1, |facts| facts.piece(n_left));
         let tokens: Vec<u16> = sequence.to_feed(n).collect();
         let row = SlotFeedRow {
             tokens: &tokens,
@@ -316,6 +318,9 @@ impl Decoder {
         match contained(engine, &feed, &mut self.logits) {
             Ok(()) => {
                 self.metrics.prefilled(n);
+                if !all_finite(&self.logits) {
+                    return self.spoiled(engine, slot);
+                }
                 if let Some(sequence) = &mut self.slots[slot] {
                     sequence.fed(n);
                 }
@@ -340,13 +345,57 @@ impl Decoder {
             sequence.n_fed(),
         );
         match self.feed(engine, slot, &[row], &[]) {
-            Ok(()) => Ok(advance(&mut self.slots[slot], &self.logits)),
+            Ok(()) => self.advance(engine, slot, 0..self.logits.len()),
             Err(error) if ends_engine(&error) => Err(self.fatal(error)),
             Err(error) => {
                 self.fail(slot, error);
                 Ok(0.0)
             }
         }
+    }
+
+    /// Gives a sequence its logits, which are at `logits` of the last run;
+    /// answers the sequence and empties its slot when it ends. Returns the
+    /// fraction of the image that was made.
+    fn advance(
+        &mut self,
+        engine: &mut dyn Engine,
+        slot: usize,
+        logits: Range<usize>,
+    ) -> Result<f64, EngineError> {
+        let Some(sequence) = &mut self.slots[slot] else {
+            return Ok(0.0);
+        };
+        let before = sequence.progress();
+        sequence.fed(1);
+        if sequence.advance(&self.logits[logits]).is_err() {
+            return self.spoiled(engine, slot).map(|()| 0.0);
+        }
+        if !sequence.is_done() {
+            return Ok(sequence.progress() - before);
+        }
+        if let Some(sequence) = self.slots[slot].take() {
+            sequence.finish(Ok(()));
+        }
+        Ok(1.0 - before)
+    }
+
+    /// Answers a sequence whose numbers are not finite, and clears its slot for
+    /// the next sequence.
+    fn spoiled(&mut self, engine: &mut dyn Engine, slot: usize) -> Result<(), EngineError> {
+        if let Some(sequence) = self.slots[slot].take() {
+            sequence.finish(Err(EngineError::NotFinite.into()));
+        }
+        let cleared = std::panic::catch_unwind(AssertUnwindSafe(|| engine.fill_slot(slot, 0.0)))
+            .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))));
+        cleared.map_err(|error| {
+            let error = match error {
+                EngineError::Panicked(_) | EngineError::Device(_) => error,
+                // The slot would spoil every sequence after this one.
+                error => EngineError::Device(format!("slot {slot} cannot be cleared: {error}")),
+            };
+            self.fatal(error)
+        })
     }
 
     /// Answers a sequence with the error of a run that was for it alone.
@@ -402,26 +451,6 @@ fn contained(
         });
     }
     Ok(())
-}
-
-/// Gives a sequence its logits; answers the sequence and empties its slot when
-/// it ends. Returns the fraction of the image that was made.
-fn advance(slot: &mut Option<Sequence>, logits: &[f32]) -> f64 {
-    let Some(sequence) = slot else {
-        return 0.0;
-    };
-    let before = sequence.progress();
-    sequence.fed(1);
-    let outcome = match sequence.advance(logits) {
-        Ok(()) if sequence.is_done() => Ok(()),
-        Ok(()) => return sequence.progress() - before,
-        Err(_) => Err(EngineError::NotFinite.into()),
-    };
-    let after = if outcome.is_ok() { 1.0 } else { before };
-    if let Some(sequence) = slot.take() {
-        sequence.finish(outcome);
-    }
-    after - before
 }
 
 #[cfg(test)]

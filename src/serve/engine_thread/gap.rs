@@ -8,7 +8,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, EngineFacts, GraphRun, RunSpan, RunStop, SlotFeed, WarmRun};
+use crate::engine::{
+    CanaryOutcome, Engine, EngineFacts, GraphRun, RunSpan, RunStop, SlotFeed, WarmRun,
+};
 use crate::runtime::error::EngineError;
 use crate::serve::metrics::EngineGap;
 
@@ -83,7 +85,11 @@ impl Engine for Metered {
         self.engine.copy_slot(from, to, n)
     }
 
-    fn canary(&mut self) -> Result<(), EngineError> {
+    fn fill_slot(&mut self, slot: usize, number: f32) -> Result<(), EngineError> {
+        self.engine.fill_slot(slot, number)
+    }
+
+    fn canary(&mut self) -> Result<CanaryOutcome, EngineError> {
         let outcome = self.engine.canary();
         // Work that arrives meanwhile waits for a device that is busy.
         self.ended = Instant::now();

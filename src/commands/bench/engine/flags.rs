@@ -74,6 +74,12 @@ pub struct EngineArgs {
     )]
     pub generate_own: Option<u16>,
 
+    /// Before measuring, fill the key/value caches with NaN and report whether
+    /// steps notice: a kernel that multiplies what follows a sequence's end by
+    /// zero does. The results are in --json
+    #[arg(long)]
+    pub nan_cache: bool,
+
     /// Number of rounds; in each round every graph runs at every batch size
     #[arg(
         long,

@@ -52,11 +52,13 @@ fn load(folder: &Path, runtime: &Runtime) -> SequenceEngine {
         bytes_max: 1 << 30,
         positions: POSITIONS,
         n_colors: COLORS,
+        attention: GpuAttention::Auto,
     };
     let files = GraphFiles::of(&[path.clone(), folder.join("weights.bin")]);
     let mut loader = Loader::new(files, std::iter::once(&path)).expect("files");
-    let engine = SequenceEngine::load(runtime, &mut loader, &path, options);
+    let engine = SequenceEngine::open(runtime, &mut loader, &path, options);
     let mut engine = engine.expect("sequences");
+    engine.prepare().expect("a key/value cache");
     engine.warm_up().expect("a warm engine");
     engine
 }
@@ -174,4 +176,99 @@ fn a_step_of_one_row_changes_no_bit() {
         alone.expect("a step");
         assert!(of_run == beside[..COLORS], "step {step}");
     }
+}
+
+/// Returns the keys or values of all slots in a buffer, slot after slot.
+fn numbers(buffer: &mut Buffer) -> &mut [f32] {
+    match &mut buffer.place {
+        Place::Host(memory) => bytemuck::cast_slice_mut(memory),
+        Place::Device(tensor) => tensor.try_extract_tensor_mut::<f32>().expect("f32").1,
+    }
+}
+
+/// Runs the checks of a cache of a GPU on one model, since compiling the model
+/// takes most of the time.
+#[test]
+fn a_gpus_cache_is_clean_and_takes_primers_in_pieces() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path().join("model");
+    memory_is_zero_before_the_first_sequence(&folder);
+    a_slot_that_is_cleared_has_zeros_and_the_others_keep_theirs(&folder);
+    a_primer_in_pieces_is_the_same_primer(&folder);
+}
+
+fn a_slot_that_is_cleared_has_zeros_and_the_others_keep_theirs(folder: &Path) {
+    for one_size in [false, true] {
+        let mut engine = sequences(folder, one_size);
+        let expected = logits(&mut engine);
+        engine.fill_slots(0, SLOTS, f32::NAN).expect("all slots");
+        for buffer in &mut engine.buffers {
+            assert!(numbers(buffer).iter().all(|number| number.is_nan()));
+        }
+        engine.fill_slots(1, 1, 0.0).expect("a slot");
+        let slot_len = engine.slot.iter().product::<usize>();
+        for buffer in &mut engine.buffers {
+            let slots: Vec<&[f32]> = numbers(buffer).chunks_exact(slot_len).collect();
+            assert_eq!(slots.len(), SLOTS);
+            assert!(slots[1].iter().all(|&number| number == 0.0), "{one_size}");
+            let others = slots[0].iter().chain(slots[2]);
+            assert!(
+                others.into_iter().all(|number| number.is_nan()),
+                "{one_size}"
+            );
+        }
+        engine.fill_slots(0, SLOTS, 0.0).expect("all slots");
+        for buffer in &mut engine.buffers {
+            assert!(numbers(buffer).iter().all(|&number| number == 0.0));
+        }
+        assert!(logits(&mut engine) == expected, "{one_size}");
+        engine
+            .fill_slots(1, SLOTS, 0.0)
+            .expect_err("beyond the last slot");
+        engine
+            .fill_slots(usize::MAX, 2, 0.0)
+            .expect_err("beyond all memory");
+    }
+}
+
+fn memory_is_zero_before_the_first_sequence(folder: &Path) {
+    let mut engine = sequences(folder, true);
+    // Positions that the warm-up has not written.
+    let [_, positions, position_len] = engine.slot;
+    for buffer in &mut engine.buffers {
+        for head in numbers(buffer).chunks_exact(positions * position_len) {
+            let rest = &head[positions / 2 * position_len..];
+            assert!(rest.iter().all(|&number| number == 0.0));
+        }
+    }
+}
+
+fn a_primer_in_pieces_is_the_same_primer(folder: &Path) {
+    let mut engine = sequences(folder, true);
+    assert!(engine.facts.chunks_are_powers);
+    let pieces: Vec<usize> = engine.facts.pieces(POSITIONS).collect();
+    assert_eq!(pieces, [64, 32, 16, 8, 4, 2, 1]);
+    let tokens: Vec<u16> = (0..45).map(|idx| idx * 23 % 512).collect();
+    let mut feed = |past: usize, length: usize| {
+        let feed = SlotFeed {
+            first_slot: 2,
+            rows: &[SlotFeedRow {
+                tokens: &tokens[past..past + length],
+                past,
+            }],
+            prefixes: &[],
+        };
+        let mut logits = Vec::new();
+        let fed = engine.feed(&feed, &mut logits, &mut None);
+        fed.expect("a piece");
+        logits
+    };
+    let whole = feed(0, 45);
+    let mut last = Vec::new();
+    for (past, length) in [(0, 32), (32, 8), (40, 4), (44, 1)] {
+        last = feed(past, length);
+    }
+    let distance = whole.iter().zip(&last).map(|(a, b)| (a - b).abs());
+    let worst = distance.fold(0.0, f32::max);
+    assert!(worst < 1e-4, "{worst}");
 }

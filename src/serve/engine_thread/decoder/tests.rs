@@ -358,3 +358,49 @@ fn a_device_that_fails_ends_the_engine() {
     bench.decoder.refuse(&StageError::NotReady);
     assert!(matches!(outcome.try_recv(), Ok(Err(StageError::NotReady))));
 }
+
+/// Returns a color that the sequence after `[1, 2, 3]` never draws.
+fn undrawn() -> u16 {
+    let drawn = expected(&[1, 2, 3]);
+    let color = (0..COLORS).find(|color| !drawn.contains(color));
+    color.expect("not every color is drawn")
+}
+
+#[test]
+fn numbers_that_are_none_do_not_outlive_their_sequence() {
+    let bad = undrawn();
+    // In a chunk of the primer, as its last token, and as a token after an
+    // unknown pixel.
+    for primer in [vec![bad, 1, 2, 3], vec![1, 2, bad]] {
+        let script = Script {
+            nan_on: Some(bad),
+            ..Script::default()
+        };
+        let mut bench = bench(1, false, script);
+        let mut spoiled = bench.join(&primer);
+        for _ in 0..=primer.len() {
+            bench.step();
+        }
+        let answer = spoiled.try_recv().expect("answered at once");
+        answer.expect_err("its numbers are not finite");
+        // The next sequence in the slot.
+        let mut next = bench.join(&[1, 2, 3]);
+        assert_eq!(bench.tokens(&mut next), expected(&[1, 2, 3]));
+    }
+}
+
+#[test]
+fn a_slot_is_cleared_although_its_caller_left() {
+    let bad = undrawn();
+    let script = Script {
+        nan_on: Some(bad),
+        ..Script::default()
+    };
+    let mut bench = bench(1, false, script);
+    let gone = bench.join(&[bad, 1, 2, 3]);
+    // The primer spoils the slot in this step, and nothing was drawn yet.
+    bench.step();
+    drop(gone);
+    let mut next = bench.join(&[1, 2, 3]);
+    assert_eq!(bench.tokens(&mut next), expected(&[1, 2, 3]));
+}
