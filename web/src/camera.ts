@@ -20,11 +20,14 @@ export function openCamera(take: (png: Uint8Array<ArrayBuffer>) => void): void {
     try {
       stream = await navigator.mediaDevices.getUserMedia({ video: true });
       video.srcObject = stream;
-      shoot.disabled = false;
     } catch (error) {
       const why = error instanceof Error ? error.message : String(error);
       title.textContent = `The browser gives no camera: ${why}.`;
     }
+  });
+  // Before its first frame a video has no size.
+  video.addEventListener("loadeddata", () => {
+    shoot.disabled = false;
   });
   shoot.addEventListener("click", async () => {
     const canvas = document.createElement("canvas");

@@ -63,14 +63,16 @@ export function keywords(values: Record<string, string | number | boolean | unde
 
 /** Shows programs with a button each that copies them. */
 export function showCode(into: HTMLElement, python: string, shell: string): void {
+  const what = into.closest("section")?.querySelector("h2")?.textContent ?? "";
   const block = (title: string, id: string, text: string) => {
     const code = make("code", {}, text);
-    const pre = make("pre", { tabindex: "0", "aria-label": title, role: "region" }, code);
+    const name = `${title}: ${what}`;
+    const pre = make("pre", { tabindex: "0", "aria-label": name, role: "region" }, code);
     const said = make("span", { role: "status", class: "hint" });
-    const copy = button(`Copy ${title}`, () => void copyText(text, code, said));
-    return make("div", { class: "code", "data-code": id }, make("h4", {}, title), copy, said, pre);
+    const copy = button(`Copy ${id === "shell" ? "command" : title}`, () => void copyText(text, code, said));
+    return make("div", { class: "code", "data-code": id }, make("h3", {}, title), copy, said, pre);
   };
-  into.replaceChildren(block("Python", "python", python), block("command", "shell", shell));
+  into.replaceChildren(block("Python", "python", python), block("Command", "shell", shell));
 }
 
 async function copyText(text: string, code: HTMLElement, said: HTMLElement): Promise<void> {

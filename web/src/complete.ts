@@ -7,7 +7,7 @@ import {
   type GetModelResponse,
   Task,
 } from "./gen/imagegpt/v1/imagegpt_pb.ts";
-import { explain, moved, tell, tokensOf } from "./look.ts";
+import { explain, moved, tell } from "./look.ts";
 import { colorOf, paint, paintRow, pngOf } from "./paint.ts";
 import { ALPHAS, FITS, type Picture, type Switches } from "./pictures.ts";
 import { call, problemOf, refusal, worker } from "./worker.ts";
@@ -56,23 +56,16 @@ export function setModel(to: GetModelResponse): void {
   show();
 }
 
-/** Shows another picture in the editor. */
-export async function setPicture(to: Picture | undefined, how: Switches, signal: AbortSignal) {
+/** Shows another picture in the editor, with its tokens once they are there. */
+export function setPicture(
+  to: Picture | undefined,
+  how: Switches,
+  its: readonly number[] | undefined,
+): void {
   picture = to;
   switches = how;
-  tokens = undefined;
+  tokens = its;
   show();
-  if (to) {
-    try {
-      const found = await tokensOf(to, how, signal);
-      if (!signal.aborted) {
-        tokens = found;
-        show();
-      }
-    } catch {
-      // The part of the page above says what is wrong with the picture.
-    }
-  }
 }
 
 function keep(): Keep {

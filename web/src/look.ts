@@ -57,7 +57,7 @@ export function setModel(to: GetModelResponse): void {
 }
 
 /** Returns the tokens of a picture, asked once for each setting of the switches. */
-export async function tokensOf(
+async function tokensOf(
   picture: Picture,
   switches: Switches,
   signal: AbortSignal,
@@ -114,8 +114,14 @@ export function tell(sentence: string | undefined, into: HTMLElement): void {
   into.hidden = sentence === undefined;
 }
 
-/** Shows a picture; `signal` ends what is no longer wanted. */
-export async function look(picture: Picture, switches: Switches, signal: AbortSignal) {
+/** Shows a picture, and gives its tokens to `take`; `signal` ends what is no
+ * longer wanted. */
+export async function look(
+  picture: Picture,
+  switches: Switches,
+  signal: AbortSignal,
+  take: (tokens: readonly number[]) => void,
+): Promise<void> {
   tell(undefined, problem);
   const original = byId("original", HTMLDivElement);
   original.replaceChildren(shown(picture, picture.name));
@@ -129,6 +135,7 @@ export async function look(picture: Picture, switches: Switches, signal: AbortSi
       return;
     }
     showTokens(picture, found);
+    take(found);
     const work = [classify(picture, switches, signal), sayChanges(picture, switches, signal)];
     if (model?.tasks.includes(Task.SCORE)) {
       work.push(score(picture, switches, signal));
@@ -197,11 +204,6 @@ function showTokens(picture: Picture, found: readonly number[]): void {
   showStatistics(undefined);
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", `${picture.name} in ${count(new Set(found).size, "color")}`);
-}
-
-/** Shows the gray over unchanged tokens no more. */
-export function settle(): void {
-  changesCanvas.hidden = true;
 }
 
 async function sayChanges(picture: Picture, switches: Switches, signal: AbortSignal) {

@@ -14,28 +14,53 @@ const tokenForm = byId("token-form", HTMLFormElement);
 
 let model: GetModelResponse | undefined;
 let showing = new AbortController();
+let comparing = new AbortController();
+/** What is on show, so that another picture beside it asks nothing anew. */
+let onShow: unknown[] = [];
+let isDue = false;
+const waits = new Set<() => void>();
 /** True after a problem of the worker, until it answers again. */
 let isAway = false;
 let countdown: ReturnType<typeof setInterval> | undefined;
 
-/** Shows the chosen picture everywhere, and drops what was on its way. */
+/** Shows all changes of this moment at once. */
 function update(): void {
+  if (!isDue) {
+    isDue = true;
+    queueMicrotask(() => {
+      isDue = false;
+      show();
+    });
+  }
+}
+
+/** Shows the chosen picture everywhere, and drops what was on its way. */
+function show(): void {
   if (!model) {
     return;
   }
+  const picture = pictures.current();
+  const switches = pictures.switches();
+  comparing.abort();
+  comparing = new AbortController();
+  void neighbors.compare(picture, pictures.all(), switches, comparing.signal);
+  const now = [picture, switches.fit, switches.alpha];
+  if (now.every((value, i) => value === onShow[i]) && onShow.length > 0) {
+    return;
+  }
+  onShow = now;
   showing.abort();
   showing = new AbortController();
   const { signal } = showing;
-  const picture = pictures.current();
-  const switches = pictures.switches();
-  if (!picture) {
+  complete.setPicture(picture, switches, undefined);
+  if (picture) {
+    void look.look(picture, switches, signal, (tokens) =>
+      complete.setPicture(picture, switches, tokens),
+    );
+  } else {
     look.clear();
     byId("original", HTMLDivElement).replaceChildren();
-  } else {
-    void look.look(picture, switches, signal);
   }
-  void complete.setPicture(picture, switches, signal);
-  void neighbors.compare(picture, pictures.all(), switches, signal);
 }
 
 function showModel(to: GetModelResponse): void {
@@ -70,6 +95,7 @@ function showModel(to: GetModelResponse): void {
   if (isFirst && example && !pictures.current()) {
     pictures.add(example.name, example.bytes);
   } else if (isNew || hasNewHeads || wasAway) {
+    onShow = [];
     update();
   }
 }
@@ -93,6 +119,7 @@ function showProblem(problem: Problem | undefined): void {
 }
 
 function showWait(ms: number, stop: () => void): void {
+  waits.add(stop);
   clearInterval(countdown);
   const until = performance.now() + ms;
   // Readers hear the sentence once, and not each tenth of a second.
@@ -101,6 +128,7 @@ function showWait(ms: number, stop: () => void): void {
     const seconds = (until - performance.now()) / 1000;
     if (seconds <= 0) {
       clearInterval(countdown);
+      waits.clear();
       state.replaceChildren();
     } else {
       left.textContent = ` ${decimals(seconds, 1)} s`;
@@ -109,7 +137,10 @@ function showWait(ms: number, stop: () => void): void {
   const end = button("Stop waiting", () => {
     clearInterval(countdown);
     state.replaceChildren();
-    stop();
+    for (const each of waits) {
+      each();
+    }
+    waits.clear();
   });
   state.replaceChildren(
     make("p", { class: "busy" }, "The worker is full (RESOURCE_EXHAUSTED); the page asks again in a moment.", left),
