@@ -62,6 +62,36 @@ demo: setup ## Build target/demo/imagegpt (no link-time optimization), serve the
 	cargo build --profile demo --locked
 	@PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/demo.sh
 
+.PHONY: demo-page
+demo-page: setup ## Build target/demo/imagegpt and serve the trained model with the page for browsers, until Ctrl-C
+	cargo build --profile demo --locked
+	@PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/demo-page.sh
+
+.PHONY: web
+web: web/node_modules/.package-lock.json ## Build the page of `serve --playground` from web/: web/dist (brings esbuild and TypeScript, with npm)
+	node web/build.mjs
+
+.PHONY: web-check
+web-check: web/node_modules/.package-lock.json ## Build the page anew, and fail unless web/dist has the same bytes
+	node web/build.mjs --check
+
+# BINARY=target/debug/imagegpt takes what `cargo build` has made, and builds none.
+.PHONY: web-test
+web-test: $(if $(filter target/release/%,$(BINARY)),build) web/node_modules/.package-lock.json ## Try the page in Chromium (Debian's chromium) against a worker of BINARY
+	BINARY=$(BINARY) node --test --test-reporter=spec web/tests/page.test.mjs
+
+.PHONY: bench-page
+bench-page: $(if $(filter target/release/%,$(BINARY)),build) web/node_modules/.package-lock.json ## Measure the page in Chromium: first paint, first streamed row
+	BINARY=$(BINARY) node web/tests/measure.mjs
+
+.PHONY: web-pictures
+web-pictures: $(if $(filter target/release/%,$(BINARY)),build) web/node_modules/.package-lock.json ## Draw the screenshots of the page in docs/images
+	BINARY=$(BINARY) node web/tests/screenshots.mjs
+
+web/node_modules/.package-lock.json: web/package-lock.json
+	npm ci --prefix web --silent --no-audit --no-fund
+	touch $@
+
 .PHONY: test
 test: setup ## Run all tests
 	cargo test --locked --lib --bins --tests

@@ -39,6 +39,9 @@ Look at:
   $pictures/neighbors.png     each picture, its tokens, and its nearest neighbors
   $pictures/maps              where the model finds a picture unlikely
 
+To try it in a browser, with pictures of your own:
+  make demo-page                 serves http://127.0.0.1:$PORT/ until Ctrl-C
+
 Type next:
   export PATH="\$PWD/target/demo:\$PATH"
   imagegpt serve --model models/emoji --feature-layer 8 --head category=models/emoji/category.safetensors

@@ -22,6 +22,7 @@ RUN --mount=type=bind,from=vendor,target=/vendor \
     sh deploy/images/cargo-build.sh dependencies
 
 FROM dependencies AS program
+COPY web/dist web/dist
 COPY src src
 RUN --mount=type=bind,from=vendor,target=/vendor \
     sh deploy/images/cargo-build.sh

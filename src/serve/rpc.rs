@@ -23,6 +23,8 @@ mod not_grpc;
 mod observe;
 mod oip;
 mod outcome_tally;
+mod own_pages;
+mod playground;
 mod reload;
 mod report;
 mod score;
@@ -109,7 +111,8 @@ pub(crate) struct ServerOptions {
 ///
 /// # Errors
 ///
-/// Fails if the descriptors for reflection cannot be set up.
+/// Fails if the descriptors for reflection cannot be set up, or the listener has
+/// no address.
 pub(crate) async fn serve(
     service: WorkerService,
     listener: TcpListener,
@@ -146,6 +149,7 @@ pub(crate) async fn serve(
     let auth = auth::Auth(guards.tokens);
     let web = guards.web;
     let http1 = web.calls.is_some();
+    let own_pages = web.own_pages(listener.local_addr()?);
     let door = listen::ConnectionLimits {
         tls: guards.tls,
         connections_max: connections.connections_max as usize,
@@ -163,6 +167,8 @@ pub(crate) async fn serve(
     };
     // The outermost layer comes first; rejected calls are counted, too.
     let layers = (
+        tower::util::option_layer(own_pages),
+        tower::util::option_layer(web.page),
         tower::util::option_layer(web.cors),
         tower::util::option_layer(web.calls),
         not_grpc::NotGrpcLayer { http1 },

@@ -35,6 +35,7 @@ mod metrics;
 mod models;
 mod not_grpc;
 mod oip;
+mod playground;
 mod pool;
 #[path = "../process/mod.rs"]
 mod process;

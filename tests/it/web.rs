@@ -10,11 +10,21 @@ use crate::harness::{self, embed, fake_answer, seeded, tokens, vector};
 /// Sends a request over HTTP/1.1 on a new connection, and returns the whole
 /// response.
 pub(crate) async fn ask(addr: std::net::SocketAddr, head: &str, body: &[u8]) -> (String, Vec<u8>) {
+    ask_host(addr, head, "test", body).await
+}
+
+/// Sends a request with the given `Host`, as [`ask`] does.
+pub(crate) async fn ask_host(
+    addr: std::net::SocketAddr,
+    head: &str,
+    host: &str,
+    body: &[u8],
+) -> (String, Vec<u8>) {
     let mut stream = tokio::net::TcpStream::connect(addr)
         .await
         .expect("connected");
     let head = format!(
-        "{head}\r\nhost: test\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        "{head}\r\nhost: {host}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     stream.write_all(head.as_bytes()).await.expect("sent");
@@ -49,7 +59,7 @@ fn frames(mut chunked: &[u8]) -> Vec<(u8, Vec<u8>)> {
     frames
 }
 
-fn framed(message: &impl prost::Message) -> Vec<u8> {
+pub(crate) fn framed(message: &impl prost::Message) -> Vec<u8> {
     let message = message.encode_to_vec();
     let length = u32::try_from(message.len()).expect("small");
     [&[0][..], &length.to_be_bytes(), &message].concat()

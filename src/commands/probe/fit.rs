@@ -150,7 +150,8 @@ async fn sources(
     });
     let needs = needs.collect();
     let mut workers = ProbeWorkers::new(&args.jobs.workers, &args.jobs.connect, terminal, needs);
-    let made = made_tables(args, work, &mut workers, stop).await;
+    // Boxed, since it is the largest of the futures that wait for each other.
+    let made = Box::pin(made_tables(args, work, &mut workers, stop)).await;
     workers.end().await;
     made
 }

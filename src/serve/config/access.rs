@@ -85,6 +85,17 @@ pub struct AccessConfig {
     )]
     pub grpc_web: bool,
 
+    /// Serve a page for browsers at / of the gRPC port, which shows pictures as
+    /// the model sees them and completes them. The page calls the worker over
+    /// gRPC-Web, as with --grpc-web, and asks no other host. The page itself
+    /// needs no token, its calls need one as usual
+    #[arg(
+        long,
+        env = "IMAGEGPT_PLAYGROUND",
+        value_parser = clap::builder::FalseyValueParser::new()
+    )]
+    pub playground: bool,
+
     /// Origin of web pages (`https://app.example`) that may call over gRPC-Web
     /// from a browser; * allows every origin. Repeat the flag for more origins.
     /// The flag does not authenticate callers: tokens and certificates are
@@ -231,7 +242,7 @@ impl AccessConfig {
 
     fn validate_web(&self) -> Result<(), ConfigError> {
         let origins = &self.cors_origins;
-        if !origins.is_empty() && !self.grpc_web {
+        if !origins.is_empty() && !self.serves_web() {
             return Err(ConfigError(
                 "--cors-origin is for browsers, which speak gRPC-Web: add --grpc-web".to_owned(),
             ));
@@ -247,6 +258,21 @@ impl AccessConfig {
             return Err(ConfigError(format!("--cors-origin {origin:?}: {problem}")));
         }
         Ok(())
+    }
+
+    /// Returns true if gRPC-Web is served.
+    pub(crate) fn serves_web(&self) -> bool {
+        self.grpc_web || self.playground
+    }
+
+    /// Returns the address of the page of --playground for a person on this
+    /// machine; `None` if no page is served.
+    pub(crate) fn page_address(&self, listen: SocketAddr) -> Option<String> {
+        let scheme = match self.tls_cert {
+            Some(_) => "https",
+            None => "http",
+        };
+        self.playground.then(|| format!("{scheme}://{listen}/"))
     }
 
     /// Returns true if tokens cross a network without TLS, so that others may

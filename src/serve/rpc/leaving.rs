@@ -318,8 +318,8 @@ pub(super) struct LeavingBody {
     rest: Bytes,
     answer: Answer,
     taking: Taking,
-    /// Times of the call, for its trailers.
-    timeline: CallTimeline,
+    /// Times of the call, for its trailers; none for a page.
+    timeline: Option<CallTimeline>,
     _held: Option<AnswerBytes>,
     _in_progress: Option<InProgress>,
 }
@@ -330,7 +330,7 @@ impl LeavingBody {
         taking: Taking,
         held: Option<AnswerBytes>,
         in_progress: Option<InProgress>,
-        timeline: CallTimeline,
+        timeline: Option<CallTimeline>,
     ) -> Self {
         Self {
             body,
@@ -369,7 +369,7 @@ impl http_body::Body for LeavingBody {
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(data) => this.rest = data,
                     Err(frame) => {
-                        return Poll::Ready(Some(Ok(with_timing(frame, &this.timeline))));
+                        return Poll::Ready(Some(Ok(with_timing(frame, this.timeline.as_ref()))));
                     }
                 },
                 end => return Poll::Ready(end),
@@ -405,7 +405,10 @@ impl http_body::Body for LeavingBody {
 }
 
 /// Adds the times of the call to its trailers.
-fn with_timing(frame: Frame<Bytes>, timeline: &CallTimeline) -> Frame<Bytes> {
+fn with_timing(frame: Frame<Bytes>, timeline: Option<&CallTimeline>) -> Frame<Bytes> {
+    let Some(timeline) = timeline else {
+        return frame;
+    };
     match frame.into_trailers() {
         Ok(mut trailers) => {
             trailers.insert(report::TIMING, report::timing(timeline));

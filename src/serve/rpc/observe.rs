@@ -288,7 +288,13 @@ where
                 let held = response.extensions_mut().remove::<AnswerBytes>();
                 let taking = leaving::Taking::of_this_call(method.client_streams());
                 Ok(response.map(|body| {
-                    Body::new(LeavingBody::new(body, taking, held, in_progress, timeline))
+                    Body::new(LeavingBody::new(
+                        body,
+                        taking,
+                        held,
+                        in_progress,
+                        Some(timeline),
+                    ))
                 }))
             }
             .instrument(span),

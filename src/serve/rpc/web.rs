@@ -6,12 +6,15 @@
 //! arrive within 30 s or is over hyper's own limits (100 headers, 400 KiB). The
 //! body of a request has `--request-timeout`, as on any other connection.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue, Method, header};
 use tonic_web::GrpcWebLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
+use super::own_pages::OwnPagesLayer;
+use super::playground::PlaygroundLayer;
 use super::report::TIMING;
 use crate::serve::config::{ANY_ORIGIN, AccessConfig};
 
@@ -44,17 +47,29 @@ pub(super) struct Web {
     /// Layer that translates gRPC-Web; if set, connections may speak HTTP/1.1.
     pub(super) calls: Option<GrpcWebLayer>,
     pub(super) cors: Option<CorsLayer>,
+    /// Layer that serves the page of --playground.
+    pub(super) page: Option<PlaygroundLayer>,
+    own_pages: Option<OwnPagesLayer>,
 }
 
 impl Web {
     pub(super) fn new(config: &AccessConfig) -> Self {
-        if !config.grpc_web {
+        if !config.serves_web() {
             return Self::default();
         }
         Self {
             calls: Some(GrpcWebLayer::new()),
             cors: cors(&config.cors_origins),
+            page: config.playground.then(PlaygroundLayer::new),
+            own_pages: OwnPagesLayer::new(config),
         }
+    }
+
+    /// Returns the layer that keeps other people's pages away, if the worker
+    /// needs it at this address.
+    pub(super) fn own_pages(&self, listen: SocketAddr) -> Option<OwnPagesLayer> {
+        let is_loopback = listen.ip().to_canonical().is_loopback();
+        self.own_pages.clone().filter(|_| is_loopback)
     }
 }
 

@@ -1,0 +1,180 @@
+// Nearest pictures of those on the page, by the cosine of their features, which
+// stay in the page.
+
+import { command, keywords, python, pythonString, showCode } from "./commands.ts";
+import { byId, button, count, decimals, make } from "./dom.ts";
+import { type GetModelResponse, Task } from "./gen/imagegpt/v1/imagegpt_pb.ts";
+import { explain, tell } from "./look.ts";
+import { floats } from "./paint.ts";
+import { ALPHAS, addExamples, choose, FITS, type Picture, shown, type Switches } from "./pictures.ts";
+import { CALL_TIMEOUT_MS, call, refusal, worker } from "./worker.ts";
+
+/** Pictures of one call: a few, so that the list grows while it is made. */
+const CALL_IMAGES = 8;
+
+const list = byId("neighbors", HTMLOListElement);
+const state = byId("near-state", HTMLParagraphElement);
+const problem = byId("near-problem", HTMLParagraphElement);
+const slider = byId("layer", HTMLInputElement);
+
+let model: GetModelResponse | undefined;
+/** Layers that one run of the model gives. */
+let layers: number[] = [];
+let shownNow: { picture: Picture; pictures: readonly Picture[]; switches: Switches } | undefined;
+
+/** Unit vectors of all layers, or the worker's reason for which there are none,
+ * by picture and switches. */
+const known = new WeakMap<Picture, Map<string, Float32Array | string>>();
+
+export function setModel(to: GetModelResponse): void {
+  model = to;
+  const can = to.tasks.includes(Task.EMBED);
+  byId("near-missing", HTMLParagraphElement).hidden = can;
+  state.hidden = !can;
+  layers = to.layersServed.filter((layer) => layer <= to.layerDefault);
+  byId("layer-row", HTMLParagraphElement).hidden = layers.length < 2;
+  slider.max = String(Math.max(layers.length - 1, 0));
+  slider.value = slider.max;
+  showLayer();
+}
+
+export function forget(pictures: readonly Picture[]): void {
+  for (const picture of pictures) {
+    known.delete(picture);
+  }
+}
+
+function showLayer(): void {
+  const layer = layers[Number(slider.value)];
+  byId("layer-value", HTMLOutputElement).textContent = `${layer ?? ""}`;
+  slider.setAttribute("aria-valuetext", `layer ${layer}`);
+}
+
+/** Embeds what is not embedded yet, and lists the nearest to `picture`. */
+export async function compare(
+  picture: Picture | undefined,
+  pictures: readonly Picture[],
+  switches: Switches,
+  signal: AbortSignal,
+): Promise<void> {
+  tell(undefined, problem);
+  shownNow = picture && { picture, pictures: [...pictures], switches };
+  showCommands(pictures, switches);
+  if (!model?.tasks.includes(Task.EMBED) || !picture || pictures.length < 2) {
+    list.replaceChildren();
+    state.textContent =
+      "With two pictures or more on this page, the nearest to the chosen one stand here.";
+    return;
+  }
+  const key = `${switches.fit} ${switches.alpha}`;
+  const missing = pictures.filter((each) => !known.get(each)?.has(key));
+  const size = Math.min(CALL_IMAGES, model.limits?.imagesPerCallMax || CALL_IMAGES);
+  try {
+    for (let at = 0; at < missing.length; at += size) {
+      state.textContent = `Embedding ${count(missing.length - at, "picture")} …`;
+      await embed(missing.slice(at, at + size), key, switches, signal);
+      if (signal.aborted) {
+        return;
+      }
+    }
+    show();
+  } catch (reason) {
+    if (!signal.aborted) {
+      state.textContent = "";
+      explain(reason, problem);
+    }
+  }
+}
+
+async function embed(part: Picture[], key: string, switches: Switches, signal: AbortSignal) {
+  const request = {
+    images: part.map((picture) => ({ source: { case: "encoded" as const, value: picture.bytes } })),
+    preprocess: { fit: FITS[switches.fit], alpha: ALPHAS[switches.alpha] },
+    normalize: true,
+    layers,
+  };
+  const answer = await call(signal, () =>
+    worker.embed(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
+  );
+  part.forEach((picture, i) => {
+    const outcome = answer.results[i]?.outcome;
+    const all = known.get(picture) ?? new Map<string, Float32Array | string>();
+    known.set(picture, all);
+    all.set(
+      key,
+      outcome?.case === "embedding"
+        ? floats(outcome.value.data)
+        : refusal(picture.name, outcome?.case === "error" ? outcome.value : undefined),
+    );
+  });
+}
+
+/** Returns the cosine of the vectors of one layer, which have length 1. */
+function cosine(a: Float32Array, b: Float32Array, layer: number, dimension: number): number {
+  let sum = 0;
+  for (let i = layer * dimension; i < (layer + 1) * dimension; i++) {
+    sum += (a[i] ?? 0) * (b[i] ?? 0);
+  }
+  return sum;
+}
+
+function show(): void {
+  if (!shownNow || !model) {
+    return;
+  }
+  const { picture, pictures, switches } = shownNow;
+  const key = `${switches.fit} ${switches.alpha}`;
+  const dimension = model.dimension;
+  const here = known.get(picture)?.get(key);
+  const layer = Math.max(Number(slider.value), 0);
+  const near: { picture: Picture; cosine: number }[] = [];
+  const refused: string[] = [];
+  for (const other of pictures) {
+    const there = known.get(other)?.get(key);
+    if (typeof there === "string") {
+      refused.push(there);
+    } else if (other !== picture && here instanceof Float32Array && there) {
+      near.push({ picture: other, cosine: cosine(here, there, layer, dimension) });
+    }
+  }
+  near.sort((a, b) => b.cosine - a.cosine || a.picture.id - b.picture.id);
+  tell(refused.length > 0 ? refused.join(" ") : undefined, problem);
+  state.textContent =
+    near.length > 0
+      ? `Nearest to ${picture.name}${layers.length > 0 ? ` at layer ${layers[layer]}` : ""}, by the cosine of their features:`
+      : "";
+  list.replaceChildren(
+    ...near.map(({ picture, cosine }) => {
+      const open = button("", () => choose(picture), { class: "thumb" });
+      open.append(shown(picture, ""), make("span", {}, picture.name));
+      return make("li", {}, open, make("span", { class: "value" }, decimals(cosine, 4)));
+    }),
+  );
+}
+
+function showCommands(pictures: readonly Picture[], switches: Switches): void {
+  const { fit, alpha } = switches;
+  const names = pictures.map((picture) => picture.name);
+  const layer = layers[Number(slider.value)];
+  const some = layers.length > 1 ? layer : undefined;
+  const options = keywords({ layers: some === undefined ? undefined : some, fit, alpha });
+  const lines = [
+    `files = [${names.map(pythonString).join(", ")}]`,
+    `vectors = client.embed(files, normalize=True${options})`,
+    "cosines = vectors @ vectors.T",
+  ];
+  const flags = ["--fit", fit, "--alpha", alpha, "--neighbors", Math.max(names.length - 1, 1), "--picture", "neighbors.png"];
+  showCode(byId("near-code", HTMLDivElement), python(lines), command("neighbors", names, flags));
+}
+
+/** Listens to the slider. */
+export function listen(): void {
+  slider.addEventListener("input", () => {
+    showLayer();
+    show();
+    if (shownNow) {
+      showCommands(shownNow.pictures, shownNow.switches);
+    }
+  });
+  byId("add-examples", HTMLButtonElement).addEventListener("click", addExamples);
+}
