@@ -164,6 +164,10 @@ bench-gap: setup ## Measure how long an engine has nothing to run between two ba
 bench-server: build ## Measure the server alone, with an engine that costs nothing: requests per second and core
 	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/bench-server.sh
 
+.PHONY: bench-traces
+bench-traces: build $(PYTHON_CHECK)/.done ## Measure what traces cost the server: without a collector and with 1 % of the calls, in turns
+	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) BINARY=$(BINARY) PYTHON=$(PYTHON_CHECK)/bin/python scripts/bench-traces.sh
+
 .PHONY: bench-scheduler
 bench-scheduler: build ## Measure overload, interactive calls beside bulk, and slow readers
 	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/bench-scheduler.sh

@@ -44,6 +44,7 @@ sleep "$((duration * 2 / 5))"
 kill -STOP "$reader"
 sleep "$((duration / 5))"
 kill -KILL "$reader"
+wait "$reader" 2>/dev/null || true
 failed=0
 for client in "${clients[@]}"; do
     wait "$client" || failed=1
