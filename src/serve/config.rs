@@ -713,6 +713,7 @@ impl ServeConfig {
             ));
         }
         self.batching.validate()?;
+        self.trace.validate()?;
         self.model.validate()
     }
 }

@@ -32,6 +32,7 @@ use crate::runtime::error::EngineError;
 use crate::serve::batcher::Batcher;
 use crate::serve::cache::AnswerCache;
 use crate::serve::error::{RequestStage, StageError};
+use crate::serve::job::Ticket;
 use crate::serve::metrics::{EngineFault, EngineGap, Metrics};
 use crate::serve::sequence::Sequence;
 use crate::serve::timeline::ModelRun;
@@ -175,6 +176,10 @@ impl Life {
     fn run(&mut self, batch: &Batch) -> Result<(), EngineError> {
         self.engine.turn(batch.possible_since);
         self.began = Instant::now();
+        for unit in &batch.units {
+            let began = |ticket: &mut Ticket| ticket.timeline.running(self.began);
+            unit.waiters.each(began);
+        }
         self.runner.stop.begin(batch.id);
         let outcome = self.attempt(batch.graph, batch.bucket, &batch.units);
         self.runner.stop.end();

@@ -67,6 +67,17 @@ pub(crate) struct ImageTimeline {
     tokenized: Option<Instant>,
     /// First step of an image that is generated.
     generation_began: Option<Instant>,
+    /// Number of the marks of [`Mark`] that the image has passed.
+    n_passed: usize,
+}
+
+/// Moments of an image that its call knows at once, for a call that ends before
+/// its images are answered.
+#[derive(Debug, Clone, Copy)]
+enum Mark {
+    Taken,
+    Tokenized,
+    Running,
 }
 
 /// Run of the model in which images took part.
@@ -97,12 +108,14 @@ pub(crate) struct ImageTimes {
 impl ImageTimeline {
     /// Timeline of an image that is admitted now.
     pub(crate) fn new(request: RequestTimeline, admitted: Instant) -> Self {
+        request.call.0.admitted(admitted);
         Self {
             request,
             admitted,
             taken: None,
             tokenized: None,
             generation_began: None,
+            n_passed: 0,
         }
     }
 
@@ -114,17 +127,31 @@ impl ImageTimeline {
 
     /// Notes that a thread begins to turn the image into tokens.
     pub(crate) fn taken(&mut self) {
-        self.taken = Some(Instant::now());
+        let now = Instant::now();
+        self.taken = Some(now);
+        self.passed(Mark::Taken, now);
     }
 
     /// Notes that the image is tokens.
     pub(crate) fn tokenized(&mut self, at: Instant) {
         self.tokenized = Some(at);
+        self.passed(Mark::Tokenized, at);
     }
 
     /// Notes that the first step of the image begins.
     pub(crate) fn generation_began(&mut self, at: Instant) {
         self.generation_began = Some(at);
+        self.running(at);
+    }
+
+    /// Notes that a run with the image begins.
+    pub(crate) fn running(&mut self, at: Instant) {
+        self.passed(Mark::Running, at);
+    }
+
+    fn passed(&mut self, mark: Mark, at: Instant) {
+        self.n_passed = mark as usize + 1;
+        self.request.call.0.passed(mark, at);
     }
 
     /// Leaves the times with the request, now that the image is answered by a
@@ -159,7 +186,7 @@ impl ImageTimeline {
         if let Some(own) = &self.request.own {
             *own.lock().unwrap_or_else(PoisonError::into_inner) = Some(times.clone());
         }
-        call.answered(times);
+        call.answered(times, self.n_passed);
     }
 }
 
@@ -242,7 +269,7 @@ struct CallState {
 }
 
 /// Most images of a stream whose times are kept for its span.
-const EVENTS_MAX: usize = 128;
+const EVENTS_MAX: usize = 32;
 
 /// Images of a call that were answered.
 #[derive(Debug, Default)]
@@ -250,6 +277,12 @@ struct CallImages {
     /// Arrival of the call's first request.
     arrived: Option<Instant>,
     n: u64,
+    /// Images of a unary call that were admitted, and when.
+    n_admitted: u64,
+    admitted: Option<Instant>,
+    /// Images of a unary call that have passed each mark, or were answered
+    /// before it, and the last moment at which one passed.
+    passed: [(u64, Option<Instant>); 3],
     /// Times of the image that was answered last, of a unary call.
     last: Option<ImageTimes>,
     /// Sums over the images of a stream.
@@ -265,10 +298,30 @@ struct StreamSums {
 }
 
 impl CallState {
-    fn answered(&self, times: ImageTimes) {
+    fn admitted(&self, at: Instant) {
+        if !self.is_stream {
+            let mut images = self.lock();
+            images.n_admitted += 1;
+            images.admitted = Some(at);
+        }
+    }
+
+    fn passed(&self, mark: Mark, at: Instant) {
+        if !self.is_stream {
+            let mut images = self.lock();
+            let (n, last) = &mut images.passed[mark as usize];
+            *n += 1;
+            *last = Some(last.map_or(at, |last| last.max(at)));
+        }
+    }
+
+    fn answered(&self, times: ImageTimes, n_passed: usize) {
         let mut images = self.lock();
         images.n += 1;
         if !self.is_stream {
+            for (n, _) in &mut images.passed[n_passed..] {
+                *n += 1;
+            }
             images.last = Some(times);
             return;
         }
@@ -342,6 +395,11 @@ impl CallTimeline {
         }
     }
 
+    /// True if a request of the call has arrived.
+    pub(crate) fn has_arrived(&self) -> bool {
+        self.0.lock().arrived.is_some()
+    }
+
     /// Span of the call, if the call is sampled.
     pub(crate) fn span(&self) -> Option<(&CallSpan, Calendar)> {
         self.0.span.as_ref().zip(self.0.calendar)
@@ -372,12 +430,35 @@ impl CallTimeline {
         let span = |began, ended| Some(StageSpan { began, ended });
         let images = self.0.lock();
         let mut stages = EachStage::default();
-        let Some(arrived) = images.arrived else {
-            return (stages, None);
-        };
+        let arrived = images.arrived.unwrap_or(now);
         stages[CallStage::Receive as usize] = span(self.0.began, arrived);
-        let Some(last) = images.last.clone() else {
-            stages[CallStage::Admission as usize] = span(arrived, now);
+        let last = images.last.clone();
+        let Some(last) = last.filter(|_| images.n == images.n_admitted) else {
+            // The call ends before its images: they are in the stage that the
+            // slowest of them has reached.
+            let ends = [(images.n_admitted.min(1), images.admitted)];
+            let ends = ends.into_iter().chain(images.passed);
+            let within = [
+                CallStage::Admission,
+                CallStage::Wait,
+                CallStage::Decode,
+                CallStage::Queue,
+            ];
+            let mut at = arrived;
+            for (idx, (stage, (n, last))) in within.into_iter().zip(ends).enumerate() {
+                if images.arrived.is_none() {
+                    return (stages, None);
+                }
+                let all = if idx == 0 { 1 } else { images.n_admitted };
+                if n < all {
+                    stages[stage as usize] = span(at, now);
+                    return (stages, None);
+                }
+                let end = last.map_or(at, |last| last.max(at));
+                stages[stage as usize] = span(at, end);
+                at = end;
+            }
+            stages[CallStage::Inference as usize] = span(at, now);
             return (stages, None);
         };
         for stage in CallStage::ALL {
@@ -515,16 +596,69 @@ mod tests {
         );
     }
 
+    fn take(image: &mut ImageTimeline, at: Instant) {
+        image.taken = Some(at);
+        image.passed(Mark::Taken, at);
+    }
+
     #[test]
-    fn calls_without_images_have_what_they_reached() {
+    fn calls_that_end_early_are_in_the_stage_of_their_slowest_image() {
+        let began = Instant::now();
+        let at = |ms: u32| began + ms * MS;
+        let call = CallTimeline::new(began, None, false);
+        let read = |now: u32| {
+            let times = call.times(at(now));
+            let sum: Duration = times.stages.iter().flatten().sum();
+            assert_eq!(sum, times.total, "no gap and no overlap");
+            let stages = CallStage::ALL.into_iter().zip(times.stages);
+            let reached = stages.filter_map(|(stage, time)| Some((stage.label(), time?)));
+            let reached: Vec<_> = reached
+                .map(|(label, time)| (label, time.as_millis()))
+                .collect();
+            reached
+        };
+        assert_eq!(read(1), [("receive", 1)], "while it arrives");
+        assert!(!call.has_arrived());
+        let request = call.request();
+        call.0.lock().arrived = Some(at(2));
+        assert_eq!(read(5), [("receive", 2), ("admission", 3)]);
+        let mut images = [3, 3].map(|ms| ImageTimeline::new(request.clone(), at(ms)));
+        take(&mut images[0], at(4));
+        let waits = [("receive", 2), ("admission", 1), ("wait", 3)];
+        assert_eq!(read(6), waits, "the second image has no thread yet");
+        take(&mut images[1], at(7));
+        images[0].tokenized(at(8));
+        assert_eq!(read(9)[2..], [("wait", 4), ("decode", 2)]);
+        images[1].tokenized(at(10));
+        images[0].running(at(11));
+        assert_eq!(read(12)[3..], [("decode", 3), ("queue", 2)]);
+        let [first, mut second] = images;
+        // The first is answered, and the second still waits.
+        first.answered(Some(&run(began, 11, 13)));
+        assert_eq!(read(14)[4..], [("queue", 4)]);
+        second.running(at(15));
+        assert_eq!(read(20)[4..], [("queue", 5), ("inference", 5)]);
+        second.answered(Some(&run(began, 15, 21)));
+        assert_eq!(
+            read(30)[4..],
+            [("queue", 5), ("inference", 6), ("reply", 9)]
+        );
+    }
+
+    #[test]
+    fn an_image_that_failed_holds_up_no_stage() {
         let began = Instant::now();
         let call = CallTimeline::new(began, None, false);
-        assert_eq!(call.times(began + MS).stages, EachStage::default());
-        let _request = call.request();
-        let times = call.times(began + 5 * MS);
-        let reached = times.stages.map(|time| time.is_some());
-        assert_eq!(reached, [true, true, false, false, false, false, false]);
-        assert_eq!((times.n_images, times.total), (0, 5 * MS));
+        let request = call.request();
+        let mut images = [(); 2].map(|()| ImageTimeline::new(request.clone(), began + MS));
+        for image in &mut images {
+            take(image, began + 2 * MS);
+        }
+        let [broken, mut whole] = images;
+        broken.answered(None);
+        whole.tokenized(began + 3 * MS);
+        let times = call.times(began + 9 * MS);
+        assert_eq!(times.stages[CallStage::Queue as usize], Some(6 * MS));
     }
 
     #[test]

@@ -10,14 +10,16 @@
 
 mod export;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use opentelemetry::propagation::{Extractor, TextMapPropagator as _};
 use opentelemetry::trace::{
-    Link, SpanContext, SpanId, SpanKind, Status, TraceContextExt as _, TraceFlags, TraceState,
+    Link, SpanContext, SpanId, SpanKind, Status, TraceContextExt as _, TraceFlags, TraceId,
+    TraceState,
 };
-use opentelemetry::{Context, InstrumentationScope, KeyValue};
+use opentelemetry::{Context, InstrumentationScope, KeyValue, Value};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{
     IdGenerator, RandomIdGenerator, Sampler, SamplingDecision, ShouldSample as _, SpanData,
@@ -33,8 +35,14 @@ pub(crate) use self::export::SpanExport;
 pub(crate) use opentelemetry::KeyValue as SpanAttribute;
 pub(crate) use opentelemetry::trace::SpanContext as SpanLink;
 
-/// Most spans that wait to be sent: some hundred calls, in about 4 MiB.
-const SPANS_MAX: usize = 4096;
+/// Most calls and batches whose spans wait to be sent.
+const UNITS_MAX: usize = 4096;
+/// Most bytes of the spans that wait, by [`weight`]: about a thousand calls, or
+/// two hundred streams with all their events.
+const BYTES_MAX: usize = 4 << 20;
+/// Longest `tracestate` that is kept: what the W3C asks every vendor to keep. It
+/// is the caller's own text, and is in one span per call.
+const TRACESTATE_LEN_MAX: usize = 512;
 /// Most calls that the span of one batch names: as many as the largest batch
 /// has on a CPU; a span with more links is cut by many collectors (128 is the
 /// default limit of the specification).
@@ -50,22 +58,55 @@ struct Tracing {
     sampler: Sampler,
     ids: RandomIdGenerator,
     scope: InstrumentationScope,
-    spans: mpsc::Sender<SpanData>,
+    units: mpsc::Sender<SpanUnit>,
+    /// Weight of the spans that wait.
+    n_bytes: Arc<AtomicUsize>,
     metrics: Metrics,
 }
 
+/// Spans that are sent or dropped together: those of one call, so that no child
+/// is without its parent, or that of one batch.
+#[derive(Debug)]
+struct SpanUnit {
+    spans: Vec<SpanData>,
+    weight: usize,
+}
+
+/// Estimate of the bytes that a span takes in memory, which are more than those
+/// of its message.
+fn weight(span: &SpanData) -> usize {
+    /// A span, an event or a link without what it holds.
+    const BASE: usize = 256;
+    /// An attribute without its text.
+    const PAIR: usize = 96;
+    let pairs = |pairs: &[KeyValue]| -> usize {
+        let text = |pair: &KeyValue| match &pair.value {
+            Value::String(text) => text.as_str().len(),
+            _ => 0,
+        };
+        pairs.iter().map(|pair| PAIR + text(pair)).sum()
+    };
+    let events = span.events.events.iter();
+    let events: usize = events.map(|event| BASE + pairs(&event.attributes)).sum();
+    let state = span.span_context.trace_state().header().len();
+    let name = span.name.len();
+    BASE + name + state + pairs(&span.attributes) + events + BASE * span.links.links.len()
+}
+
 /// Headers of a call that say to which trace the call belongs.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct TraceHeaders<'a> {
+    /// Value of `traceparent`, whose form was checked.
     pub traceparent: Option<&'a str>,
-    pub tracestate: Option<&'a str>,
+    /// Values of `tracestate`, joined by commas.
+    pub tracestate: Option<String>,
 }
 
 impl Extractor for TraceHeaders<'_> {
     fn get(&self, key: &str) -> Option<&str> {
         match key {
             "traceparent" => self.traceparent,
-            "tracestate" => self.tracestate,
+            "tracestate" => self.tracestate.as_deref(),
             _ => None,
         }
     }
@@ -89,7 +130,8 @@ impl Traces {
         let Some(exporter) = export::exporter(config)? else {
             return Ok((Self::default(), None));
         };
-        let (spans, waiting) = mpsc::channel(SPANS_MAX);
+        let (units, waiting) = mpsc::channel(UNITS_MAX);
+        let n_bytes = Arc::<AtomicUsize>::default();
         let ratio = Sampler::TraceIdRatioBased(config.otlp_sample_ratio);
         let tracing = Tracing {
             sampler: Sampler::ParentBased(Box::new(ratio)),
@@ -97,10 +139,11 @@ impl Traces {
             scope: InstrumentationScope::builder(env!("CARGO_PKG_NAME"))
                 .with_version(env!("CARGO_PKG_VERSION"))
                 .build(),
-            spans,
+            units,
+            n_bytes: Arc::clone(&n_bytes),
             metrics: metrics.clone(),
         };
-        let export = SpanExport::start(exporter, waiting, metrics.clone());
+        let export = SpanExport::start(exporter, waiting, n_bytes, metrics.clone());
         Ok((Self(Some(Arc::new(tracing))), Some(export)))
     }
 
@@ -135,14 +178,21 @@ impl Traces {
         if sampled.decision != SamplingDecision::RecordAndSample {
             return None;
         }
+        let is_long = sampled.trace_state.header().len() > TRACESTATE_LEN_MAX;
+        let is_by_parent_alone = parent.is_some() && !tracing.samples_by_ratio(trace_id, name);
         let context = SpanContext::new(
             trace_id,
             tracing.ids.new_span_id(),
             TraceFlags::SAMPLED,
             false,
-            sampled.trace_state,
+            if is_long {
+                TraceState::default()
+            } else {
+                sampled.trace_state
+            },
         );
         Some(CallSpan {
+            is_by_parent_alone,
             parent: parent.map_or(SpanId::INVALID, |parent| parent.span_id()),
             context,
             tracing: Arc::clone(tracing),
@@ -162,10 +212,37 @@ impl Traces {
 }
 
 impl Tracing {
-    fn send(&self, span: SpanData) {
-        if self.spans.try_send(span).is_err() {
-            self.metrics.trace().dropped(SpanDrop::Queue, 1);
+    /// Queues spans, or drops and counts them if too many wait.
+    fn send(&self, spans: Vec<SpanData>) {
+        let weight = spans.iter().map(weight).sum();
+        let n_spans = spans.len();
+        let before = self.n_bytes.fetch_add(weight, Ordering::Relaxed);
+        let fits = before + weight <= BYTES_MAX;
+        if !fits || self.units.try_send(SpanUnit { spans, weight }).is_err() {
+            self.n_bytes.fetch_sub(weight, Ordering::Relaxed);
+            self.metrics.trace().dropped(SpanDrop::Queue, n_spans);
         }
+    }
+
+    /// True if a call is sampled whatever its caller says.
+    fn samples_by_ratio(&self, trace_id: TraceId, name: &str) -> bool {
+        let kind = SpanKind::Server;
+        let sampled = self
+            .sampler
+            .should_sample(None, trace_id, name, &kind, &[], &[]);
+        sampled.decision == SamplingDecision::RecordAndSample
+    }
+
+    /// Context of a span within a sampled trace. The caller's `tracestate` is
+    /// in the call's own span alone.
+    fn within(&self, trace_id: TraceId) -> SpanContext {
+        SpanContext::new(
+            trace_id,
+            self.ids.new_span_id(),
+            TraceFlags::SAMPLED,
+            false,
+            TraceState::default(),
+        )
     }
 
     fn span(
@@ -222,6 +299,8 @@ pub(crate) struct CallSpan {
     context: SpanContext,
     /// Id of the span in the caller that made the call.
     parent: SpanId,
+    /// True if the call is sampled only because its caller says so.
+    is_by_parent_alone: bool,
     tracing: Arc<Tracing>,
 }
 
@@ -260,24 +339,24 @@ impl CallSpan {
         self.context.trace_id().to_string()
     }
 
+    /// True if the call is sampled only because its caller says so.
+    pub(crate) fn is_by_parent_alone(&self) -> bool {
+        self.is_by_parent_alone
+    }
+
     /// Sends the span with its children.
     pub(crate) fn end(&self, content: CallContent) {
         let tracing = &self.tracing;
+        let mut spans = Vec::with_capacity(content.parts.len() + 1);
         let calendar = content.calendar;
         let times = |began, ended| (calendar.time(began), calendar.time(ended));
         for part in content.parts {
-            let context = SpanContext::new(
-                self.context.trace_id(),
-                tracing.ids.new_span_id(),
-                TraceFlags::SAMPLED,
-                false,
-                self.context.trace_state().clone(),
-            );
+            let context = tracing.within(self.context.trace_id());
             let mut child = tracing.span(context, part.name, times(part.began, part.ended));
             child.parent_span_id = self.context.span_id();
             child.attributes = part.attributes;
             child.links.links.extend(part.batch.map(Link::with_context));
-            tracing.send(child);
+            spans.push(child);
         }
         let mut span = tracing.span(
             self.context.clone(),
@@ -297,7 +376,8 @@ impl CallSpan {
         if let Some(failure) = content.failure {
             span.status = Status::error(failure);
         }
-        tracing.send(span);
+        spans.push(span);
+        tracing.send(spans);
     }
 }
 
@@ -343,20 +423,26 @@ impl BatchSpan {
     pub(crate) fn link(&self, call: &CallSpan) -> SpanContext {
         let mut links = self.lock();
         let links = links.get_or_insert_with(|| BatchLinks {
-            context: SpanContext::new(
-                self.tracing.ids.new_trace_id(),
-                self.tracing.ids.new_span_id(),
-                TraceFlags::SAMPLED,
-                false,
-                TraceState::default(),
-            ),
+            context: self.tracing.within(self.tracing.ids.new_trace_id()),
             links: Vec::new(),
             n_left_out: 0,
         });
-        if links.links.len() < LINKS_MAX {
-            links.links.push(Link::with_context(call.context.clone()));
-        } else {
-            links.n_left_out += 1;
+        let id = call.context.span_id();
+        let is_linked = |link: &Link| link.span_context.span_id() == id;
+        // A call has one link, however many of its images are in the batch.
+        if !links.links.iter().any(is_linked) {
+            if links.links.len() < LINKS_MAX {
+                let context = SpanContext::new(
+                    call.context.trace_id(),
+                    id,
+                    TraceFlags::SAMPLED,
+                    false,
+                    TraceState::default(),
+                );
+                links.links.push(Link::with_context(context));
+            } else {
+                links.n_left_out += 1;
+            }
         }
         links.context.clone()
     }
@@ -379,7 +465,7 @@ impl Drop for BatchSpan {
         ];
         span.links.links = links.links;
         span.links.dropped_count = links.n_left_out;
-        self.tracing.send(span);
+        self.tracing.send(vec![span]);
     }
 }
 

@@ -232,6 +232,12 @@ impl Worker {
         let (grpc_addr, metrics_addr) = (listener.local_addr()?, metrics_listener.local_addr()?);
 
         let metrics = Metrics::new()?;
+        let shows_calls = tracing::enabled!(target: "imagegpt::access", tracing::Level::INFO);
+        if config.trace.access_log && !shows_calls {
+            tracing::warn!(
+                "--access-log writes nothing, since --log leaves out imagegpt::access=info"
+            );
+        }
         let (traces, export) = Traces::start(&config.trace, &metrics)?;
         let stages = Stages::start(config, &model, engines, &metrics, &traces)?;
         let (readiness, drain) = Readiness::new(stages.devices.clone());

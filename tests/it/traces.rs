@@ -282,6 +282,11 @@ async fn the_callers_decision_is_followed_and_others_are_sampled_by_ratio() {
         "00-",
         "zz-4bf92f3577b34da6a3ce929d0e0e4736-1-01",
     ];
+    let mut doubled = with_parent(vec![flat(5)], "01");
+    let second = format!("00-{TRACE}-00f067aa0ba902b8-01").parse();
+    let second: tonic::metadata::MetadataValue<_> = second.expect("ascii");
+    doubled.metadata_mut().append("traceparent", second);
+    client.embed(doubled).await.expect("served all the same");
     for parent in malformed {
         let mut request = Request::new(embed(vec![flat(3)]));
         let value = parent.parse().expect("ascii");
@@ -332,6 +337,133 @@ async fn a_failed_call_has_the_stages_it_reached_and_its_status() {
         StatusCode::Unset as i32,
         "the caller's fault"
     );
+}
+
+#[tokio::test]
+async fn a_call_that_ends_early_is_in_the_stage_it_had_reached() {
+    let (open, script) = gated();
+    let (running, collector) = traced(script, &["--max-queue-delay", "0s"]).await;
+    // Both images of the call wait behind the first call.
+    let mut client = running.client.clone();
+    let first = tokio::spawn(async move { client.embed(embed(vec![flat(9)])).await });
+    running.until_in_flight(1).await;
+    crate::batching::wait_for_batches(&running, 1.0).await;
+    let mut client = running.client.clone();
+    let request = with_parent(vec![flat(1), flat(2)], "01");
+    let call = tokio::spawn(async move { client.embed(request).await });
+    running.until_in_flight(3).await;
+    crate::batching::wait_for_depth(&running, 2.0).await;
+    harness::pause(Duration::from_millis(30)).await;
+    call.abort();
+    running.until_in_flight(1).await;
+    open.send(()).expect("a run");
+    first.await.expect("no panic").expect("served");
+    running.end().await;
+    let calls = collector.named(METHOD);
+    let mut calls = calls
+        .iter()
+        .filter(|call| hex(&call.parent_span_id) == PARENT);
+    let call = calls.next().expect("the call that was cancelled");
+    assert_eq!(
+        attribute(call, "rpc.grpc.status_code").as_deref(),
+        Some("1")
+    );
+    let mut children = collector.spans();
+    children.retain(|span| span.parent_span_id == call.span_id);
+    let waited = |name: &str| {
+        let found = children.iter().find(|span| span.name == name);
+        duration(found.unwrap_or_else(|| panic!("no {name}: {children:#?}")))
+    };
+    assert!(waited("queue") >= Duration::from_millis(30));
+    assert!(waited("admission") < Duration::from_millis(30));
+    assert_eq!(
+        children.iter().map(duration).sum::<Duration>(),
+        duration(call)
+    );
+}
+
+#[tokio::test]
+async fn a_request_that_is_late_itself_has_only_arrived() {
+    let (running, collector) = traced(Script::default(), &[]).await;
+    let channel = tonic::transport::Endpoint::from_shared(running.url()).expect("a URL");
+    let mut client = tonic::client::Grpc::new(channel.connect().await.expect("a connection"));
+    client.ready().await.expect("a connection");
+    // The only message of the call never comes.
+    let mut request = Request::new(tokio_stream::pending::<pb::EmbedRequest>());
+    let metadata = request.metadata_mut();
+    metadata.insert("grpc-timeout", "50m".parse().expect("ascii"));
+    let path = http::uri::PathAndQuery::from_static("/imagegpt.v1.ImageGptService/Embed");
+    let codec = tonic_prost::ProstCodec::<pb::EmbedRequest, pb::EmbedResponse>::default();
+    let status = client
+        .streaming(request, path, codec)
+        .await
+        .expect_err("late");
+    if !harness::is_clients_timer(&status) {
+        assert_eq!(status.code(), tonic::Code::DeadlineExceeded);
+        assert!(
+            status.message().contains("while the request arrived"),
+            "{status:?}"
+        );
+    }
+    drop(client);
+    running.end().await;
+    let [call] = &collector.named(METHOD)[..] else {
+        panic!("{:?}", collector.spans());
+    };
+    let mut children = collector.spans();
+    children.retain(|span| span.parent_span_id == call.span_id);
+    let names: Vec<&str> = children.iter().map(|span| span.name.as_str()).collect();
+    assert_eq!(names, ["receive"]);
+    assert_eq!(duration(&children[0]), duration(call));
+}
+
+#[tokio::test]
+async fn strangers_do_not_decide_what_is_traced() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let file = folder.path().join("tokens");
+    std::fs::write(&file, "probe 0123456789abcdef").expect("written");
+    let tokens = file.to_str().expect("UTF-8");
+    let flags = ["--auth-tokens-file", tokens, "--otlp-sample-ratio", "0"];
+    let (mut running, collector) = traced(Script::default(), &flags).await;
+    let unknown = with_parent(vec![flat(1)], "01");
+    let status = running.client.embed(unknown).await.expect_err("no token");
+    assert_eq!(status.code(), tonic::Code::Unauthenticated);
+    let mut known = with_parent(vec![flat(1)], "01");
+    let token = "Bearer 0123456789abcdef".parse().expect("ascii");
+    known.metadata_mut().insert("authorization", token);
+    running.client.embed(known).await.expect("served");
+    running.end().await;
+    let [call] = &collector.named(METHOD)[..] else {
+        panic!("{:?}", collector.spans());
+    };
+    assert_eq!(attribute(call, "imagegpt.caller").as_deref(), Some("probe"));
+}
+
+#[tokio::test]
+async fn a_caller_fills_no_queue_with_its_own_words() {
+    let (mut running, collector) = traced(Script::default(), &[]).await;
+    let mut request = with_parent((0..20).map(|_| flat(1)).collect(), "01");
+    let vendors: Vec<String> = (0..32)
+        .map(|idx| format!("v{idx}={}", "x".repeat(200)))
+        .collect();
+    let state = vendors.join(",").parse().expect("ascii");
+    request.metadata_mut().insert("tracestate", state);
+    running.client.embed(request).await.expect("served");
+    running.end().await;
+    let spans = collector.spans();
+    assert!(spans.iter().all(|span| span.trace_state.is_empty()));
+    // Twenty equal images of one call are one link.
+    let links: usize = spans
+        .iter()
+        .filter(|span| span.name == "batch")
+        .map(|b| b.links.len())
+        .sum();
+    assert!((1..=3).contains(&links), "{links}");
+    let states = spans
+        .iter()
+        .flat_map(|span| &span.links)
+        .map(|link| &link.trace_state);
+    assert!(states.into_iter().all(String::is_empty));
 }
 
 #[tokio::test]
@@ -400,7 +532,7 @@ async fn a_collector_that_never_answers_holds_up_no_call_and_no_shutdown() {
     let url = format!("http://{}", silent.local_addr().expect("an address"));
     let mut running = harness::fake(Script::default(), &["--otlp-endpoint", &url]).await;
     // More spans than may wait: the first message is on its way, for seconds.
-    for _ in 0..700 {
+    for _ in 0..1500 {
         let response = running.client.embed(embed(vec![flat(1)])).await;
         response.expect("a response");
     }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::ConfigError;
 use super::bounds::bounded_number;
 
 /// Flags for traces and the access log.
@@ -60,10 +61,31 @@ pub struct TraceConfig {
     pub access_log: bool,
 }
 
+impl TraceConfig {
+    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+        let endpoint = self.otlp_endpoint.as_deref().unwrap_or_default();
+        if self.otlp_ca.is_some() && !endpoint.starts_with("https://") {
+            return Err(ConfigError(format!(
+                "--otlp-ca is for a collector with TLS, and --otlp-endpoint {endpoint} has none: \
+                 begin it with https://, or remove --otlp-ca"
+            )));
+        }
+        Ok(())
+    }
+}
+
 fn endpoint(text: &str) -> Result<String, String> {
     let uri: http::Uri = text.parse().map_err(|error| format!("{error}"))?;
     let has_scheme = matches!(uri.scheme_str(), Some("http" | "https"));
-    if has_scheme && uri.host().is_some_and(|host| !host.is_empty()) {
+    let authority = uri.authority().map_or("", http::uri::Authority::as_str);
+    // Of an address of IPv6, the part behind the bracket.
+    let port = authority
+        .rsplit(']')
+        .next()
+        .and_then(|rest| rest.split_once(':'));
+    let has_bad_port = port.is_some() && uri.port_u16().is_none();
+    let is_plain = !authority.contains('@') && !has_bad_port;
+    if has_scheme && is_plain && uri.host().is_some_and(|host| !host.is_empty()) {
         Ok(text.to_owned())
     } else {
         Err("it must be a URL such as http://collector:4317".to_owned())
@@ -89,6 +111,8 @@ mod tests {
             "collector",
             "grpc://a:4317",
             "http://",
+            "http://user:secret@collector:4317",
+            "http://collector:99999",
         ] {
             assert!(endpoint(bad).is_err(), "{bad}");
         }

@@ -61,6 +61,13 @@ impl CoalescedWaiters {
         }
     }
 
+    /// Passes each caller's ticket to `note`.
+    pub(crate) fn each(&self, note: impl FnMut(&mut Ticket)) {
+        if let State::Open(tickets) = &mut *self.lock() {
+            tickets.iter_mut().for_each(note);
+        }
+    }
+
     /// Answers the callers that have disconnected or are past their deadline,
     /// and passes each error to `dropped`.
     pub(crate) fn sweep(

@@ -40,7 +40,7 @@ use crate::proto::Priority;
 use crate::proto::codec::{Growth, malformed};
 use crate::serve::admission::no_room;
 use crate::serve::capacity::{CapacityClaim, CapacityPool, CapacityShare};
-use crate::serve::error::{RequestStage, StageError};
+use crate::serve::error::StageError;
 use crate::serve::readiness::Readiness;
 use crate::serve::rpc::error::RequestError;
 
@@ -724,9 +724,7 @@ pub(super) fn ended(status: Status, deadline: Option<Instant>) -> Status {
     }
     // A client that gives up at its deadline resets the stream.
     if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-        return status::of_stage(StageError::DeadlineExceeded {
-            stage: RequestStage::Queue,
-        });
+        return status::of_call(&RequestError::RequestLate);
     }
     Status::cancelled(BROKEN)
 }

@@ -116,6 +116,12 @@ pub(super) enum RequestError {
         humantime::format_duration(*.max)
     )]
     RequestSlow { max: Duration },
+    /// The call's deadline passed while its request was arriving.
+    #[error(
+        "request: the deadline passed while the request arrived; allow more time, or send fewer \
+         or smaller images per call"
+    )]
+    RequestLate,
     /// The worker is shutting down.
     #[error("the worker is draining and takes no new work; retry on another worker")]
     Draining,
@@ -149,7 +155,8 @@ impl RequestError {
             | Self::PriorityUnknown { .. }
             | Self::OfImage { .. }
             | Self::Unauthenticated { .. }
-            | Self::RequestSlow { .. } => true,
+            | Self::RequestSlow { .. }
+            | Self::RequestLate => true,
             Self::ImageMissing
             | Self::IdTooLong { .. }
             | Self::MessageTooLarge { .. }

@@ -271,7 +271,7 @@ where
                 // the future counts the call.
                 let course = course;
                 let mut response = match call {
-                    Ok(call) => until(deadline, call).await?,
+                    Ok(call) => until(deadline, &timeline, call).await?,
                     Err(error) => status::of_call(&error).into_http(),
                 };
                 correct(response.headers_mut(), request_bytes_max, deadline);
@@ -304,7 +304,11 @@ where
 
 /// Awaits a call's response, or answers DEADLINE_EXCEEDED at its deadline, even
 /// if the request is still arriving.
-async fn until<F, E>(deadline: Option<Instant>, call: F) -> Result<Response<Body>, E>
+async fn until<F, E>(
+    deadline: Option<Instant>,
+    timeline: &CallTimeline,
+    call: F,
+) -> Result<Response<Body>, E>
 where
     F: Future<Output = Result<Response<Body>, E>>,
 {
@@ -314,10 +318,13 @@ where
     tokio::time::timeout_at(deadline.into(), call)
         .await
         .unwrap_or_else(|_| {
-            let error = StageError::DeadlineExceeded {
-                stage: RequestStage::Queue,
+            let error = if timeline.has_arrived() {
+                let stage = RequestStage::Queue;
+                StageError::DeadlineExceeded { stage }.into()
+            } else {
+                RequestError::RequestLate
             };
-            Ok(status::of_stage(error).into_http())
+            Ok(status::of_call(&error).into_http())
         })
 }
 
@@ -427,10 +434,15 @@ fn generated_id() -> HeaderValue {
 
 /// Returns the headers that say to which trace a call belongs.
 fn trace_headers(headers: &HeaderMap) -> TraceHeaders<'_> {
-    let of = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    let mut parents = headers.get_all("traceparent").iter();
+    // Of several parents none is the parent.
+    let parent = parents.next().filter(|_| parents.next().is_none());
+    let parent = parent.filter(|_| trace_id(headers).is_some());
+    let states = headers.get_all("tracestate").iter();
+    let states: Vec<&str> = states.filter_map(|state| state.to_str().ok()).collect();
     TraceHeaders {
-        traceparent: of("traceparent"),
-        tracestate: of("tracestate"),
+        traceparent: parent.and_then(|parent| parent.to_str().ok()),
+        tracestate: (!states.is_empty()).then(|| states.join(",")),
     }
 }
 

@@ -121,6 +121,10 @@ impl CallReport {
         let Some((span, calendar)) = self.timeline.span() else {
             return;
         };
+        // Somebody who may not call does not decide what is traced.
+        if self.caller.caller().is_none() && span.is_by_parent_alone() {
+            return;
+        }
         let code = self.timeline.code();
         let (mut parts, mut events, mut n_images) = (Vec::new(), Vec::new(), 0);
         if self.timeline.is_stream() {

@@ -36,6 +36,7 @@ fn row(error: &RequestError) -> (Code, &'static str) {
         RequestError::PriorityUnknown { .. } => (Code::InvalidArgument, "PRIORITY_UNKNOWN"),
         RequestError::Unauthenticated { .. } => (Code::Unauthenticated, "UNAUTHENTICATED"),
         RequestError::RequestSlow { .. } => (Code::DeadlineExceeded, "REQUEST_SLOW"),
+        RequestError::RequestLate => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
         RequestError::StreamMisused { .. } => (Code::InvalidArgument, "STREAM_MISUSED"),
         RequestError::IdTooLong { .. } => (Code::InvalidArgument, "ID_TOO_LONG"),
         RequestError::StreamEnded { cause, .. } => match cause {
@@ -158,7 +159,7 @@ mod tests {
             items_answered: 3,
         };
         let engine = || StageError::from(EngineError::Runtime("secret path".to_owned()));
-        let rows: [(RequestError, Code, &str); 40] = [
+        let rows: [(RequestError, Code, &str); 41] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -361,6 +362,11 @@ mod tests {
                 },
                 Code::DeadlineExceeded,
                 "REQUEST_SLOW",
+            ),
+            (
+                RequestError::RequestLate,
+                Code::DeadlineExceeded,
+                "DEADLINE_EXCEEDED",
             ),
             (
                 StageError::DeadlineExceeded { stage }.into(),

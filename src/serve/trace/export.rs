@@ -1,5 +1,8 @@
 //! Task that sends spans to the collector.
 
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -8,14 +11,19 @@ use opentelemetry_otlp::{SpanExporter, WithExportConfig as _, WithTonicConfig as
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{SpanData, SpanExporter as _};
 use tokio::sync::{mpsc, oneshot};
+use tokio_rustls::rustls::pki_types::CertificateDer;
+use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 
+use super::SpanUnit;
 use crate::serve::config::TraceConfig;
 use crate::serve::metrics::Metrics;
 use crate::serve::metrics::trace::SpanDrop;
 
-/// Most spans in one message to the collector: about half a megabyte, an eighth
-/// of the largest message that collectors take by default.
+/// Most spans in one message to the collector.
 const BATCH_MAX: usize = 512;
+/// Weight at which a message is sent: with the largest unit after it, a half of
+/// the largest message that collectors take by default (4 MiB).
+const MESSAGE_BYTES: usize = 1 << 20;
 /// Time in which spans gather before they are sent, so that a busy worker does
 /// not send a message per call.
 const GATHER: Duration = Duration::from_secs(1);
@@ -40,11 +48,7 @@ pub(super) fn exporter(config: &TraceConfig) -> anyhow::Result<Option<SpanExport
     if endpoint.starts_with("https://") {
         let mut tls = ClientTlsConfig::new();
         tls = match &config.otlp_ca {
-            Some(path) => {
-                let pem = std::fs::read(path)
-                    .with_context(|| format!("--otlp-ca {} cannot be read", path.display()))?;
-                tls.ca_certificate(Certificate::from_pem(pem))
-            }
+            Some(path) => tls.ca_certificate(authorities(path)?),
             None => tls.with_webpki_roots(),
         };
         builder = builder.with_tls_config(tls);
@@ -54,6 +58,25 @@ pub(super) fn exporter(config: &TraceConfig) -> anyhow::Result<Option<SpanExport
         .with_context(|| format!("--otlp-endpoint {endpoint} cannot be used"))?;
     exporter.set_resource(&resource());
     Ok(Some(exporter))
+}
+
+/// Reads certificates of authorities.
+fn authorities(path: &Path) -> anyhow::Result<Certificate> {
+    let flag = || format!("--otlp-ca {}", path.display());
+    let pem = std::fs::read(path).with_context(|| format!("{} cannot be read", flag()))?;
+    let mut n_certificates = 0;
+    for certificate in CertificateDer::pem_slice_iter(&pem) {
+        let certificate = certificate.with_context(|| format!("{} is not PEM", flag()))?;
+        x509_parser::parse_x509_certificate(&certificate)
+            .with_context(|| format!("{} has a certificate that cannot be read", flag()))?;
+        n_certificates += 1;
+    }
+    anyhow::ensure!(
+        n_certificates > 0,
+        "{} has no certificate; give those of the authorities in PEM",
+        flag()
+    );
+    Ok(Certificate::from_pem(pem))
 }
 
 /// Returns the attributes of the process: those of OTEL_RESOURCE_ATTRIBUTES and
@@ -82,11 +105,13 @@ pub(crate) struct SpanExport {
 impl SpanExport {
     pub(super) fn start(
         exporter: SpanExporter,
-        waiting: mpsc::Receiver<SpanData>,
+        waiting: mpsc::Receiver<SpanUnit>,
+        n_bytes: Arc<AtomicUsize>,
         metrics: Metrics,
     ) -> Self {
         let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(run(exporter, waiting, metrics, stopped));
+        let queue = SpanQueue { waiting, n_bytes };
+        let task = tokio::spawn(run(exporter, queue, metrics, stopped));
         Self { task, stop }
     }
 
@@ -102,7 +127,7 @@ impl SpanExport {
 
 async fn run(
     exporter: SpanExporter,
-    mut waiting: mpsc::Receiver<SpanData>,
+    mut queue: SpanQueue,
     metrics: Metrics,
     mut stopped: oneshot::Receiver<()>,
 ) {
@@ -112,32 +137,72 @@ async fn run(
         is_away: false,
     };
     loop {
-        let mut batch = Vec::new();
+        let mut message = Message::default();
         let is_last = tokio::select! {
             // An error means that the worker was dropped without a shutdown.
             _ = &mut stopped => true,
-            () = gather(&mut waiting, &mut batch) => false,
+            () = queue.gather(&mut message) => false,
         };
         if is_last {
-            break collector.send_rest(batch, &mut waiting).await;
+            break collector.send_rest(message, &mut queue).await;
         }
-        collector.send(batch).await;
+        collector.send(message.spans).await;
     }
 }
 
-/// Takes spans until a message is full or the first has waited for long enough.
-async fn gather(waiting: &mut mpsc::Receiver<SpanData>, batch: &mut Vec<SpanData>) {
-    if waiting.recv_many(batch, BATCH_MAX).await == 0 {
-        // The stages are gone; what follows is the stop.
-        return std::future::pending().await;
+/// Spans of one message, which have left the queue.
+#[derive(Default)]
+struct Message {
+    spans: Vec<SpanData>,
+    weight: usize,
+}
+
+impl Message {
+    fn is_full(&self) -> bool {
+        self.spans.len() >= BATCH_MAX || self.weight >= MESSAGE_BYTES
     }
-    let late = tokio::time::sleep(GATHER);
-    let mut late = std::pin::pin!(late);
-    while batch.len() < BATCH_MAX {
-        let room = BATCH_MAX - batch.len();
-        tokio::select! {
-            () = &mut late => return,
-            n = waiting.recv_many(batch, room) => if n == 0 { return },
+}
+
+/// End of the queue from which spans are sent.
+struct SpanQueue {
+    waiting: mpsc::Receiver<SpanUnit>,
+    n_bytes: Arc<AtomicUsize>,
+}
+
+impl SpanQueue {
+    fn add(&self, unit: SpanUnit, message: &mut Message) {
+        self.n_bytes.fetch_sub(unit.weight, Ordering::Relaxed);
+        message.weight += unit.weight;
+        message.spans.extend(unit.spans);
+    }
+
+    /// Takes spans until a message is full or the first has waited for long
+    /// enough.
+    async fn gather(&mut self, message: &mut Message) {
+        let Some(first) = self.waiting.recv().await else {
+            // The stages are gone; what follows is the stop.
+            return std::future::pending().await;
+        };
+        self.add(first, message);
+        let late = tokio::time::sleep(GATHER);
+        let mut late = std::pin::pin!(late);
+        while !message.is_full() {
+            tokio::select! {
+                () = &mut late => return,
+                unit = self.waiting.recv() => match unit {
+                    Some(unit) => self.add(unit, message),
+                    None => return,
+                },
+            }
+        }
+    }
+
+    /// Fills a message with what waits at present.
+    fn fill(&mut self, message: &mut Message) {
+        while !message.is_full()
+            && let Ok(unit) = self.waiting.try_recv()
+        {
+            self.add(unit, message);
         }
     }
 }
@@ -152,18 +217,13 @@ struct Collector {
 
 impl Collector {
     /// Sends the spans that wait when the worker ends.
-    async fn send_rest(mut self, first: Vec<SpanData>, waiting: &mut mpsc::Receiver<SpanData>) {
-        let mut batch = first;
+    async fn send_rest(mut self, mut message: Message, queue: &mut SpanQueue) {
         loop {
-            while batch.len() < BATCH_MAX
-                && let Ok(span) = waiting.try_recv()
-            {
-                batch.push(span);
-            }
-            if batch.is_empty() {
+            queue.fill(&mut message);
+            if message.spans.is_empty() {
                 return;
             }
-            self.send(std::mem::take(&mut batch)).await;
+            self.send(std::mem::take(&mut message).spans).await;
         }
     }
 

@@ -24,6 +24,9 @@ const NAME_LEN_MAX: usize = 64;
 /// enough that the time per image of a rate is at least a microsecond.
 const NUMBER_MAX: u32 = 1_000_000;
 
+/// Beginnings of words that are options, and never a token.
+const OPTIONS: [&str; 3] = ["rate=", "in-flight=", "class="];
+
 /// Content of a tokens file.
 #[derive(Debug, Default)]
 pub(super) struct TokensFile<'a> {
@@ -152,17 +155,20 @@ impl<'a> TokensFile<'a> {
 }
 
 fn name(word: &str) -> anyhow::Result<&str> {
-    let is_name = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    let is_name =
+        |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte);
     anyhow::ensure!(
         word.bytes().all(is_name) && word.len() <= NAME_LEN_MAX,
-        "the first of several words is the caller's name, which has letters, digits, dots, \
+        "the first of several words is the caller's name, which has small letters, digits, dots, \
          underscores and hyphens alone, and at most {NAME_LEN_MAX} of them; a token has no spaces"
     );
     // Names are in logs and metrics, where a token must never be.
     anyhow::ensure!(
-        word.len() < TOKEN_LEN_MIN || word.contains(['.', '_', '-']),
+        word.len() < TOKEN_LEN_MIN
+            || word.contains(['.', '_', '-']) && word.contains(|sign: char| sign > 'f'),
         "the first word looks like a token, and the name comes first: NAME TOKEN; a name of \
-         {TOKEN_LEN_MIN} characters or more has a dot, underscore or hyphen in it"
+         {TOKEN_LEN_MIN} characters or more has a dot, underscore or hyphen in it, and a letter \
+         after f"
     );
     Ok(word)
 }
@@ -176,6 +182,11 @@ fn proof(word: &str) -> anyhow::Result<Proof<'_>> {
         );
         return Ok(Proof::Certificate(subject));
     }
+    let is_option = OPTIONS.iter().any(|option| word.starts_with(option));
+    anyhow::ensure!(
+        !is_option,
+        "an option stands where the token belongs; a line is NAME TOKEN and then its options"
+    );
     anyhow::ensure!(
         word.bytes().all(|byte| byte.is_ascii_graphic()),
         "a token must have only ASCII characters and no spaces"
@@ -330,6 +341,19 @@ mod tests {
             "secretsecretsecret a-name-of-17-signs",
             "line 2: the first word looks like a token",
         );
+        line(
+            "3b1f6c0e-9d5a-4872-b6e0-c1d7f2a98465 a-name-of-17-signs",
+            "line 2: the first word looks like a token",
+        );
+        line(
+            "Qb3-x_72kJdd9-secret_Zk1LmNo in-flight=1000000",
+            "line 2: the first of several words is the caller's name",
+        );
+        line(
+            "search class=interactive",
+            "an option stands where the token",
+        );
+        line("class=interactive", "an option stands where the token");
         line("a secret-secret-secret secret", "is no option");
         line("a secret-secret-secret secret=1", "an option is unknown");
         for rate in ["1", "0/s", "1/d", "1.5/s", "+1/s", "1000001/s", "/s", ""] {
