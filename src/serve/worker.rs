@@ -232,12 +232,7 @@ impl Worker {
         let (grpc_addr, metrics_addr) = (listener.local_addr()?, metrics_listener.local_addr()?);
 
         let metrics = Metrics::new()?;
-        let shows_calls = tracing::enabled!(target: "imagegpt::access", tracing::Level::INFO);
-        if config.trace.access_log && !shows_calls {
-            tracing::warn!(
-                "--access-log writes nothing, since --log leaves out imagegpt::access=info"
-            );
-        }
+        warn_of_silent_access_log(config);
         let (traces, export) = Traces::start(&config.trace, &metrics)?;
         let stages = Stages::start(config, &model, engines, &metrics, &traces)?;
         let (readiness, drain) = Readiness::new(stages.devices.clone());
@@ -428,6 +423,14 @@ impl Worker {
             Ok(_) => WorkerEnded::Clean,
             Err(_) => WorkerEnded::Hard { calls: 0 },
         }
+    }
+}
+
+/// Warns if the filter of the log leaves out the lines of --access-log.
+fn warn_of_silent_access_log(config: &ServeConfig) {
+    let is_shown = tracing::enabled!(target: "imagegpt::access", tracing::Level::INFO);
+    if config.trace.access_log && !is_shown {
+        tracing::warn!("--access-log writes nothing, since --log leaves out imagegpt::access=info");
     }
 }
 
