@@ -45,9 +45,13 @@ export function setModel(to: GetModelResponse): void {
   form.hidden = !can;
   byId("complete-missing", HTMLParagraphElement).hidden = can;
   byId("complete-code", HTMLDivElement).parentElement?.toggleAttribute("hidden", !can);
-  const samples = byId("samples", HTMLInputElement);
-  samples.max = String(to.limits?.samplesPerCallMax || 8);
-  byId("top-k", HTMLInputElement).max = String(to.paletteRgb8.length / 3);
+  const limit = (id: string, max: number) => {
+    const field = byId(id, HTMLInputElement);
+    field.max = String(max);
+    clamp(field);
+  };
+  limit("samples", to.limits?.samplesPerCallMax || 8);
+  limit("top-k", to.paletteRgb8.length / 3);
   if (mask.length !== to.positions) {
     mask = new Uint8Array(to.positions).fill(1);
     keptRows = Math.floor(to.side / 2);
@@ -93,6 +97,7 @@ function show(): void {
   line.hidden = how !== "rows";
   brush.hidden = how !== "mask";
   byId("mask-tools", HTMLDivElement).hidden = how !== "mask";
+  byId("brush-tools", HTMLFieldSetElement).disabled = how !== "mask";
   const palette = model?.paletteRgb8;
   if (palette) {
     paint(
@@ -128,6 +133,44 @@ interface Options {
   scale: number;
 }
 
+/** Fields of numbers, by their names in a sentence. */
+const NUMBERS: Record<string, { name: string; isWhole: boolean }> = {
+  samples: { name: "Samples", isWhole: true },
+  temperature: { name: "Temperature", isWhole: false },
+  "top-k": { name: "Top-k", isWhole: true },
+  "top-p": { name: "Top-p", isWhole: false },
+  "scale-png": { name: "Pixels of the PNG per pixel", isWhole: true },
+};
+const SEED_MAX = 2n ** 64n - 1n;
+
+/** What the commands show: the options when all fields were last right. */
+let written: Options = { samples: 4, temperature: 1, topK: 0, topP: 1, seed: 7n, scale: 8 };
+
+/** Returns the fields whose values no call takes, with a sentence for each. The
+ * form is not validated by browsers, which know no steps as mere hints. */
+function faults(): [field: HTMLInputElement, sentence: string][] {
+  const found: [HTMLInputElement, string][] = [];
+  for (const [id, { name, isWhole }] of Object.entries(NUMBERS)) {
+    const field = byId(id, HTMLInputElement);
+    const value = field.valueAsNumber;
+    const isIn = value >= Number(field.min) && value <= Number(field.max);
+    if (!isIn || (isWhole && !Number.isInteger(value))) {
+      const kind = isWhole ? "whole number" : "number";
+      found.push([field, `${name} takes a ${kind} from ${field.min} to ${field.max}: change it.`]);
+    }
+  }
+  const seed = byId("seed", HTMLInputElement);
+  const text = seed.value.trim();
+  if (text !== "" && !(/^[0-9]+$/.test(text) && BigInt(text) <= SEED_MAX)) {
+    found.push([
+      seed,
+      `Seed takes a whole number from 0 to ${SEED_MAX}: change it, or leave it empty for a random one.`,
+    ]);
+  }
+  return found;
+}
+
+/** Returns the options in the fields, which are right. */
 function options(): Options {
   const number = (id: string) => byId(id, HTMLInputElement).valueAsNumber;
   const seed = byId("seed", HTMLInputElement).value.trim();
@@ -136,14 +179,30 @@ function options(): Options {
     temperature: number("temperature"),
     topK: number("top-k"),
     topP: number("top-p"),
-    seed: /^[0-9]{1,20}$/.test(seed) ? BigInt(seed) : undefined,
+    seed: seed === "" ? undefined : BigInt(seed),
     scale: number("scale-png"),
   };
 }
 
+/** Brings the number in a field into its range; a field without one stays. */
+function clamp(field: HTMLInputElement): void {
+  const value = field.valueAsNumber;
+  if (!Number.isNaN(value)) {
+    field.value = String(Math.min(Math.max(value, Number(field.min)), Number(field.max)));
+  }
+}
+
 function showCommands(): void {
   const from = keep();
-  const { samples, temperature, topK, topP, seed, scale } = options();
+  const wrong = new Set(faults().map(([field]) => field));
+  for (const id of [...Object.keys(NUMBERS), "seed"]) {
+    const field = byId(id, HTMLInputElement);
+    field.setAttribute("aria-invalid", String(wrong.has(field)));
+  }
+  if (wrong.size === 0) {
+    written = options();
+  }
+  const { samples, temperature, topK, topP, seed, scale } = written;
   const number = seed === undefined ? undefined : String(seed);
   const sampling =
     `, samples=${samples}${keywords({ temperature, top_k: topK, top_p: topP })}` +
@@ -232,10 +291,19 @@ function primer(from: Keep) {
 
 async function draw(): Promise<void> {
   const from = keep();
-  const { seed, ...given } = options();
-  if (!model || (from !== "nothing" && !tokens)) {
+  if (!model || running || (from !== "nothing" && !tokens)) {
     return;
   }
+  const [fault] = faults();
+  if (fault) {
+    const [field, sentence] = fault;
+    tell(sentence, problem);
+    field.focus();
+    return;
+  }
+  const { seed, ...given } = options();
+  // Another picture may be chosen before the samples are done.
+  const stem = from === "nothing" ? "sample" : (picture?.name.replace(/\.[^.]*$/, "") ?? "sample");
   const control = new AbortController();
   running = control;
   tell(undefined, problem);
@@ -252,6 +320,7 @@ async function draw(): Promise<void> {
     ...(seed === undefined ? {} : { seed }),
     logProbs: true,
   };
+  let hasBegun = false;
   try {
     // A full worker rejects the call before its first message.
     const [first, rest] = await call(control.signal, async () => {
@@ -259,8 +328,9 @@ async function draw(): Promise<void> {
       const messages = stream[Symbol.asyncIterator]();
       return [await messages.next(), messages] as const;
     });
+    hasBegun = true;
     for (let next = first; !next.done; next = await rest.next()) {
-      take(next.value, samples);
+      take(next.value, samples, stem);
     }
     const nDone = samples.filter((sample) => sample.isDone).length;
     state.textContent += ` ${count(nDone, "sample")} done.`;
@@ -270,6 +340,9 @@ async function draw(): Promise<void> {
     } else {
       state.textContent = "";
       explain(reason, problem);
+    }
+    if (!hasBegun) {
+      list.replaceChildren();
     }
     for (const sample of samples.filter((sample) => !sample.isDone)) {
       sample.caption.textContent += ", not finished";
@@ -281,7 +354,7 @@ async function draw(): Promise<void> {
   }
 }
 
-function take({ message }: GenerateResponse, samples: Sample[]): void {
+function take({ message }: GenerateResponse, samples: Sample[], stem: string): void {
   const side = model?.side ?? 32;
   switch (message.case) {
     case "started":
@@ -306,7 +379,7 @@ function take({ message }: GenerateResponse, samples: Sample[]): void {
       const { sample: number, outcome } = message.value;
       const sample = samples[number];
       if (sample && outcome.case === "image") {
-        finish(sample, number, outcome.value.png, outcome.value.logProbs);
+        finish(sample, number, stem, outcome.value.png, outcome.value.logProbs);
       } else if (sample) {
         sample.caption.textContent = refusal(`sample ${number}`, outcome.case === "error" ? outcome.value : undefined);
       }
@@ -315,13 +388,18 @@ function take({ message }: GenerateResponse, samples: Sample[]): void {
   }
 }
 
-function finish(sample: Sample, number: number, bytes: Uint8Array, logProbs: number[]): void {
+function finish(
+  sample: Sample,
+  number: number,
+  stem: string,
+  bytes: Uint8Array,
+  logProbs: number[],
+): void {
   sample.isDone = true;
   const mean = logProbs.reduce((sum, each) => sum + each, 0) / logProbs.length;
   const likely = logProbs.length > 0 ? `, ln p ${decimals(mean, 2)} per drawn pixel` : ", nothing to draw";
   sample.caption.textContent = `Sample ${number}${likely}`;
   sample.canvas.setAttribute("aria-label", `Sample ${number}, done`);
-  const stem = keep() === "nothing" ? "sample" : (picture?.name.replace(/\.[^.]*$/, "") ?? "sample");
   const png = new Uint8Array(bytes);
   sample.item.append(
     button(`Save PNG`, () => save(`${stem}-${number}.png`, png, "image/png"), {
@@ -331,7 +409,8 @@ function finish(sample: Sample, number: number, bytes: Uint8Array, logProbs: num
 }
 
 function brushSize(): number {
-  return Math.min(Math.max(byId("brush-size", HTMLInputElement).valueAsNumber || 1, 1), 16);
+  const size = Math.floor(byId("brush-size", HTMLInputElement).valueAsNumber || 1);
+  return Math.min(Math.max(size, 1), 16);
 }
 
 /** Paints the square of the brush around a pixel. */
@@ -424,6 +503,11 @@ function listenToBrush(): void {
       return;
     }
     event.preventDefault();
+    show();
+  });
+  const size = byId("brush-size", HTMLInputElement);
+  size.addEventListener("change", () => {
+    size.value = String(brushSize());
     show();
   });
   const fill = (value: number) => () => {

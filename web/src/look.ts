@@ -26,6 +26,8 @@ const mapCanvas = byId("map", HTMLCanvasElement);
 const problem = byId("look-problem", HTMLParagraphElement);
 const readout = byId("readout", HTMLParagraphElement);
 const section = byId("look", HTMLElement);
+/** What the readout says before a pixel is read. */
+const POINT = readout.textContent ?? "";
 
 let model: GetModelResponse | undefined;
 /** What is on show. */
@@ -153,14 +155,27 @@ export async function look(
   }
 }
 
+/** Shows no picture. */
+export function leave(): void {
+  clear();
+  tell(undefined, problem);
+  byId("original", HTMLDivElement).replaceChildren();
+  byId("original-caption", HTMLSpanElement).textContent = "";
+  byId("look-code", HTMLDivElement).replaceChildren();
+  section.removeAttribute("aria-busy");
+}
+
 /** Empties what another picture has left. */
-export function clear(): void {
+function clear(): void {
   tokens = undefined;
   map = undefined;
   before = undefined;
   for (const each of [canvas, mapCanvas]) {
     paint(each, model?.side ?? 32, () => undefined);
+    each.removeAttribute("role");
+    each.removeAttribute("aria-label");
   }
+  readout.textContent = POINT;
   changesCanvas.hidden = true;
   for (const id of ["tokens-caption", "map-caption"]) {
     byId(id, HTMLSpanElement).textContent = "";

@@ -58,8 +58,7 @@ function show(): void {
       complete.setPicture(picture, switches, tokens),
     );
   } else {
-    look.clear();
-    byId("original", HTMLDivElement).replaceChildren();
+    look.leave();
   }
 }
 
@@ -157,9 +156,13 @@ pictures.listen(update);
 tokenForm.addEventListener("submit", (event) => {
   event.preventDefault();
   const field = byId("token", HTMLInputElement);
-  setToken(field.value.trim());
+  const fault = setToken(field.value.trim());
   field.value = "";
-  void askModel();
+  if (fault === undefined) {
+    void askModel();
+  } else {
+    showProblem({ kind: "token", sentence: fault });
+  }
 });
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden && model) {

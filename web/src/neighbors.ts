@@ -9,6 +9,10 @@ import { floats } from "./paint.ts";
 import { ALPHAS, addExamples, choose, FITS, type Picture, shown, type Switches } from "./pictures.ts";
 import { CALL_TIMEOUT_MS, call, refusal, worker } from "./worker.ts";
 
+/** Most neighbors of a picture that the command takes. */
+const COMMAND_NEIGHBORS_MAX = 16;
+/** Most pictures that the command compares unless it is told otherwise. */
+const COMMAND_IMAGES_MAX = 48;
 /** Pictures of one call: a few, so that the list grows while it is made. */
 const CALL_IMAGES = 8;
 
@@ -59,7 +63,7 @@ export async function compare(
 ): Promise<void> {
   tell(undefined, problem);
   shownNow = picture && { picture, pictures: [...pictures], switches };
-  showCommands(pictures, switches);
+  showCommands();
   if (!model?.tasks.includes(Task.EMBED) || !picture || pictures.length < 2) {
     list.replaceChildren();
     state.textContent =
@@ -127,6 +131,7 @@ function show(): void {
   const dimension = model.dimension;
   const here = known.get(picture)?.get(key);
   const layer = Math.max(Number(slider.value), 0);
+  showCommands();
   const near: { picture: Picture; cosine: number }[] = [];
   const refused: string[] = [];
   for (const other of pictures) {
@@ -152,9 +157,19 @@ function show(): void {
   );
 }
 
-function showCommands(pictures: readonly Picture[], switches: Switches): void {
+function showCommands(): void {
+  const into = byId("near-code", HTMLDivElement);
+  const { pictures, switches } = shownNow ?? {};
+  if (!pictures || !switches) {
+    into.replaceChildren();
+    return;
+  }
   const { fit, alpha } = switches;
-  const names = pictures.map((picture) => picture.name);
+  const key = `${fit} ${alpha}`;
+  // One picture that is refused would end the whole program.
+  const names = pictures
+    .filter((picture) => typeof known.get(picture)?.get(key) !== "string")
+    .map((picture) => picture.name);
   const layer = layers[Number(slider.value)];
   const some = layers.length > 1 ? layer : undefined;
   const options = keywords({ layers: some === undefined ? undefined : some, fit, alpha });
@@ -163,8 +178,18 @@ function showCommands(pictures: readonly Picture[], switches: Switches): void {
     `vectors = client.embed(files, normalize=True${options})`,
     "cosines = vectors @ vectors.T",
   ];
-  const flags = ["--fit", fit, "--alpha", alpha, "--neighbors", Math.max(names.length - 1, 1), "--picture", "neighbors.png"];
-  showCode(byId("near-code", HTMLDivElement), python(lines), command("neighbors", names, flags));
+  const n = Math.min(Math.max(names.length - 1, 1), COMMAND_NEIGHBORS_MAX);
+  const flags = [
+    ...["--fit", fit, "--alpha", alpha, "--neighbors", n],
+    ...(names.length > COMMAND_IMAGES_MAX ? ["--images-max", names.length] : []),
+    ...["--picture", "neighbors.png"],
+  ];
+  const own = model?.layerDefault;
+  const note =
+    layer === undefined || layer === own
+      ? ""
+      : `# The command uses the worker's default layer, ${own}, not layer ${layer}.\n`;
+  showCode(into, python(lines), note + command("neighbors", names, flags));
 }
 
 /** Listens to the slider. */
@@ -172,9 +197,6 @@ export function listen(): void {
   slider.addEventListener("input", () => {
     showLayer();
     show();
-    if (shownNow) {
-      showCommands(shownNow.pictures, shownNow.switches);
-    }
   });
   byId("add-examples", HTMLButtonElement).addEventListener("click", addExamples);
 }

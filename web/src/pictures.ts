@@ -17,7 +17,10 @@ const BYTES_MAX = 256 << 20;
 /** A picture on the page. */
 export interface Picture {
   id: number;
+  /** Name on the page, which no other picture has. */
   name: string;
+  /** Name that it came with. */
+  given: string;
   bytes: Uint8Array<ArrayBuffer>;
   /** Address of the bytes within the browser. */
   url: string;
@@ -100,31 +103,88 @@ export function follow(model: GetModelResponse): void {
   }
 }
 
-/** Adds a picture, and chooses it unless `isQuiet`. */
-export function add(name: string, bytes: Uint8Array<ArrayBuffer>, isQuiet = false): void {
-  const known = pictures.find((picture) => picture.name === name && same(picture.bytes, bytes));
+/** A picture that was left out, and why. */
+interface LeftOut {
+  name: string;
+  size: number;
+  why: "full" | "large" | "unread";
+}
+
+/** Says which pictures were left out, one sentence for each reason. */
+function sayLeftOut(all: LeftOut[]): void {
+  const sentences: string[] = [];
+  for (const why of ["full", "large", "unread"] as const) {
+    const [first, ...more] = all.filter((each) => each.why === why);
+    if (!first) {
+      continue;
+    }
+    const { name, size } = first;
+    const isOne = more.length === 0;
+    const begin = `${count(more.length + 1, "picture")} were left out:`;
+    const most = `${PICTURES_MAX} pictures of ${BYTES_MAX >> 20} MiB together`;
+    const limit = bytesMax.toLocaleString("en");
+    switch (why) {
+      case "full":
+        sentences.push(
+          isOne
+            ? `The page keeps at most ${most}, so it left out ${name}: remove some.`
+            : `${begin} the page keeps at most ${most}; remove some.`,
+        );
+        break;
+      case "large":
+        sentences.push(
+          isOne
+            ? `${name} has ${count(size, "byte")}; the limit of this worker is ${limit} (--image-bytes-max).`
+            : `${begin} each has more than ${limit} bytes, the limit of this worker (--image-bytes-max).`,
+        );
+        break;
+      case "unread":
+        sentences.push(
+          isOne
+            ? `The browser cannot read ${name}: it may be a directory, or was removed.`
+            : `${begin} the browser cannot read them; they may be directories, or were removed.`,
+        );
+        break;
+    }
+  }
+  say(sentences.length > 0 ? sentences.join(" ") : undefined);
+}
+
+/** Returns a name that no picture has: `image-2.png` where one is `image.png`. */
+function freeName(name: string): string {
+  const dot = name.lastIndexOf(".");
+  const [stem, end] = dot > 0 ? [name.slice(0, dot), name.slice(dot)] : [name, ""];
+  let free = name;
+  for (let n = 2; pictures.some((picture) => picture.name === free); n++) {
+    free = `${stem}-${n}${end}`;
+  }
+  return free;
+}
+
+/** Adds a picture, and chooses it unless `isQuiet`; returns why it is left out. */
+function put(
+  given: string,
+  bytes: Uint8Array<ArrayBuffer>,
+  isQuiet: boolean,
+): LeftOut | undefined {
+  const known = pictures.find((picture) => picture.given === given && same(picture.bytes, bytes));
   if (known) {
     if (!isQuiet) {
       choose(known);
     }
-    return;
+    return undefined;
   }
   const total = pictures.reduce((sum, picture) => sum + picture.bytes.length, bytes.length);
   if (pictures.length >= PICTURES_MAX || total > BYTES_MAX) {
-    say(
-      `The page keeps at most ${PICTURES_MAX} pictures of ${BYTES_MAX >> 20} MiB together, so it left out ${name}: remove some.`,
-    );
-    return;
+    return { name: given, size: bytes.length, why: "full" };
   }
   if (bytes.length > bytesMax) {
-    say(
-      `${name} has ${count(bytes.length, "byte")}; the limit of this worker is ${bytesMax.toLocaleString("en")} (--image-bytes-max).`,
-    );
-    return;
+    return { name: given, size: bytes.length, why: "large" };
   }
   const picture: Picture = {
     id: nextId++,
-    name,
+    name: freeName(given),
+    given,
     bytes,
     url: URL.createObjectURL(new Blob([bytes])),
     isHidden: false,
@@ -136,12 +196,17 @@ export function add(name: string, bytes: Uint8Array<ArrayBuffer>, isQuiet = fals
   } else {
     changed();
   }
+  return undefined;
+}
+
+/** Adds a picture, and chooses it. */
+export function add(name: string, bytes: Uint8Array<ArrayBuffer>): void {
+  sayLeftOut([put(name, bytes, false)].filter((each) => each !== undefined));
 }
 
 export function addExamples(): void {
-  for (const example of EXAMPLES) {
-    add(example.name, example.bytes, true);
-  }
+  const left = EXAMPLES.map((example) => put(example.name, example.bytes, true));
+  sayLeftOut(left.filter((each) => each !== undefined));
 }
 
 function same(a: Uint8Array, b: Uint8Array): boolean {
@@ -194,18 +259,23 @@ function drop(picture: Picture, item: HTMLLIElement): void {
 
 async function addFiles(files: Iterable<File>): Promise<void> {
   say(undefined);
+  const left: LeftOut[] = [];
   for (const file of files) {
-    if (file.size > bytesMax) {
-      say(
-        `${file.name} has ${count(file.size, "byte")}; the limit of this worker is ${bytesMax.toLocaleString("en")} (--image-bytes-max).`,
-      );
+    const { name, size } = file;
+    if (size > bytesMax) {
+      left.push({ name, size, why: "large" });
       continue;
     }
     try {
-      add(file.name || "pasted.png", new Uint8Array(await file.arrayBuffer()));
+      const bytes = new Uint8Array(await file.arrayBuffer());
+      const out = put(name || "pasted.png", bytes, false);
+      left.push(...(out ? [out] : []));
     } catch {
-      say(`The browser cannot read ${file.name}: it may be a directory, or was removed.`);
+      left.push({ name, size, why: "unread" });
     }
+  }
+  if (left.length > 0) {
+    sayLeftOut(left);
   }
 }
 

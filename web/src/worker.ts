@@ -8,6 +8,8 @@ import { type GetModelResponse, ImageGptService } from "./gen/imagegpt/v1/imageg
 
 /** Time after which a call without a stream is given up. */
 export const CALL_TIMEOUT_MS = 120_000;
+/** Time after which the page takes a worker that says nothing for away. */
+const CHECK_TIMEOUT_MS = 10_000;
 /** Shortest pause before a call that a full worker has rejected is repeated. */
 const RETRY_MS_MIN = 200;
 /** Most repetitions of a call that a full worker rejects. */
@@ -24,9 +26,14 @@ export function hasToken(): boolean {
   return token !== "";
 }
 
-/** Sets the bearer token of all further calls. */
-export function setToken(value: string): void {
+/** Sets the bearer token of all further calls; returns what is wrong with one
+ * that no header can carry. */
+export function setToken(value: string): string | undefined {
+  if (!/^[\x21-\x7e]+$/.test(value)) {
+    return "A token has only ASCII characters and no spaces: copy it again from where it is kept.";
+  }
   token = value;
+  return undefined;
 }
 
 const authorize: Interceptor = (next) => (request) => {
@@ -36,10 +43,47 @@ const authorize: Interceptor = (next) => (request) => {
   return next(request);
 };
 
+/** The network failed; other errors of a browser's kind are the page's own. */
+class Lost extends Error {}
+
+function lost(reason: unknown): unknown {
+  return reason instanceof TypeError ? new Lost(reason.message, { cause: reason }) : reason;
+}
+
+/** Fetches, and throws `Lost` where the network fails, also within an answer. */
+async function fetchOrLose(...given: Parameters<typeof fetch>): Promise<Response> {
+  // A request that cannot be made fails here, and is no fault of the network.
+  const request = new Request(...given);
+  const response = await fetch(request).catch((reason: unknown) => {
+    throw lost(reason);
+  });
+  const reader = response.body?.getReader();
+  if (!reader) {
+    return response;
+  }
+  const body = new ReadableStream<Uint8Array>({
+    async pull(control) {
+      try {
+        const { done, value } = await reader.read();
+        if (done) {
+          control.close();
+        } else {
+          control.enqueue(value);
+        }
+      } catch (reason) {
+        control.error(lost(reason));
+      }
+    },
+    cancel: (reason) => reader.cancel(reason),
+  });
+  const { status, statusText, headers } = response;
+  return new Response(body, { status, statusText, headers });
+}
+
 /** Client of the worker that serves the page. */
 export const worker = createClient(
   ImageGptService,
-  createGrpcWebTransport({ baseUrl: ENDPOINT, interceptors: [authorize] }),
+  createGrpcWebTransport({ baseUrl: ENDPOINT, interceptors: [authorize], fetch: fetchOrLose }),
 );
 
 /** What went wrong, for a person. */
@@ -72,10 +116,21 @@ export function problemOf(reason: unknown): Problem {
   if (error.code === Code.Canceled) {
     return { kind: "canceled", sentence: "Stopped (CANCELLED)." };
   }
-  if (error.cause instanceof TypeError) {
+  if (error.cause instanceof Lost) {
     return {
       kind: "unreachable",
       sentence: `The worker at ${ENDPOINT} does not answer: it has ended, or the network is down (UNAVAILABLE).`,
+    };
+  }
+  if (error.cause instanceof Error) {
+    // The worker's own errors have no cause: the page could not write the call,
+    // or not read the answer.
+    const field = /cannot encode field (?:\w+\.)*(\w+)/.exec(error.rawMessage)?.[1];
+    return {
+      kind: "other",
+      sentence: field
+        ? `The page cannot send this value of ${field.replaceAll("_", " ")}: change it.`
+        : "The page cannot make this call, or read its answer: load the page again.",
     };
   }
   const info = error.findDetails(ErrorInfoSchema)[0]?.reason ?? "";
@@ -136,11 +191,16 @@ export async function connect(to: StateListener): Promise<void> {
 export async function askModel(): Promise<void> {
   clearTimeout(poll);
   try {
-    const model = await worker.getModel({}, { timeoutMs: 10_000 });
+    const model = await worker.getModel({}, { timeoutMs: CHECK_TIMEOUT_MS });
     listener?.problem(undefined);
     listener?.model(model);
   } catch (reason) {
-    report(problemOf(reason));
+    if (ConnectError.from(reason).code === Code.DeadlineExceeded) {
+      const sentence = `The worker at ${ENDPOINT} has not answered within ${CHECK_TIMEOUT_MS / 1000} seconds: it hangs, or the network does (DEADLINE_EXCEEDED).`;
+      report({ kind: "unreachable", sentence });
+    } else {
+      report(problemOf(reason));
+    }
   }
 }
 
