@@ -274,6 +274,56 @@ describe("completions", () => {
   });
 });
 
+describe("fields", () => {
+  test("a value that no call takes is refused in a sentence, and is in no command", async (t) => {
+    const page = await open(t);
+    await shown(page, "rooster.png");
+    const code = page.locator("#complete-code [data-code=shell] code");
+    const right = await code.textContent();
+    const wrong = [
+      ["#seed", "18446744073709551616", "7", "Seed takes a whole number from 0 to 18446744073709551615"],
+      ["#seed", "-1", "7", "Seed takes"],
+      ["#temperature", "100.5", "1", "Temperature takes a number from 0 to 100"],
+      ["#samples", "", "4", "Samples takes a whole number from 1 to "],
+      ["#top-k", "1.5", "0", "Top-k takes a whole number"],
+    ];
+    for (const [field, value, before, sentence] of wrong) {
+      await page.fill(field, value);
+      assert.equal(await code.textContent(), right);
+      await page.click("#start");
+      await page.locator("#complete-problem", { hasText: sentence }).waitFor();
+      assert.equal(await page.locator("#samples-out li").count(), 0);
+      await page.fill(field, before);
+    }
+    await page.fill("#temperature", "0.333");
+    assert.match(await code.textContent(), /--temperature 0\.333 /);
+  });
+
+  test("a hidden field does not hinder Draw, and samples keep the name of their picture", async (t) => {
+    const page = await open(t);
+    await shown(page, "rooster.png");
+    await page.check("input[name=keep][value=mask]");
+    await page.fill("#brush-size", "99");
+    await page.press("#brush-size", "Tab");
+    assert.equal(await page.inputValue("#brush-size"), "16");
+    await page.check("input[name=keep][value=rows]");
+    await page.fill("#samples", "1");
+    await page.click("#start");
+    await page.click("#examples li:nth-child(3) button");
+    const save = page.getByRole("button", { name: "Save PNG of sample 0" });
+    await save.waitFor();
+    assert.equal((await download(page, () => save.click())).name, "rooster-0.png");
+  });
+
+  test("a smaller limit of samples lowers the field", async (t) => {
+    const small = await startWorker(["--samples-per-call-max", "2"]);
+    t.after(() => small.end());
+    const page = await open(t, {}, small);
+    await shown(page, "rooster.png");
+    assert.equal(await page.inputValue("#samples"), "2");
+  });
+});
+
 describe("neighbors", () => {
   test("the nearest come first, at each layer", async (t) => {
     const page = await open(t);
@@ -311,6 +361,49 @@ describe("commands", () => {
     await runShown(page, "look", folder);
     await runShown(page, "near", folder);
     assert.ok(readdirSync(folder).includes("neighbors.png"));
+  });
+
+  test("commands name each picture once, and leave out those that were refused", async (t) => {
+    const page = await open(t);
+    await shown(page, "rooster.png");
+    const file = (name, buffer) => page.setInputFiles("#files", { name, mimeType: "image/png", buffer });
+    await file("image.png", readFileSync(golden(FORMATS[0])));
+    await file("image.png", readFileSync(golden(FORMATS[1])));
+    await file("image.png", Buffer.from("no picture"));
+    const shell = page.locator("#near-code [data-code=shell] code");
+    await page.locator("#near-problem", { hasText: "refused image-3.png" }).waitFor();
+    assert.match(await shell.textContent(), /^imagegpt neighbors rooster\.png image\.png image-2\.png .*--neighbors 2 /);
+    assert.doesNotMatch(await page.locator("#near-code [data-code=python] code").textContent(), /image-3/);
+    await page.focus("#layer");
+    await page.keyboard.press("Home");
+    assert.match(await shell.textContent(), /^# The command uses the worker's default layer, 8, not layer 0\.\n/);
+  });
+
+  test("of many files that are left out the number is said", async (t) => {
+    const page = await open(t);
+    await shown(page, "rooster.png");
+    const bytes = readFileSync(ROOSTER).toString("base64");
+    await page.evaluate((base64) => {
+      const bytes = Uint8Array.from(atob(base64), (char) => char.charCodeAt(0));
+      const data = new DataTransfer();
+      for (let i = 0; i < 210; i++) {
+        data.items.add(new File([bytes], `many-${i}.png`, { type: "image/png" }));
+      }
+      document.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true }));
+    }, bytes);
+    await page.locator("#tray-problem", { hasText: "11 pictures were left out: the page keeps at most 200" }).waitFor();
+    assert.match(await page.locator("#near-code [data-code=shell] code").textContent(), /--neighbors 16 --images-max 200 /);
+  });
+
+  test("the last picture takes all that was about it along", async (t) => {
+    const page = await open(t);
+    await shown(page, "rooster.png");
+    await page.getByRole("button", { name: "Remove rooster.png" }).click();
+    await page.waitForFunction(() => document.querySelector("#original-caption").textContent === "");
+    assert.equal(await page.locator("#look-code *").count(), 0);
+    assert.equal(await page.locator("#near-code *").count(), 0);
+    assert.equal(await page.getAttribute("#tokens", "aria-label"), null);
+    assert.equal(await page.getAttribute("#look", "aria-busy"), null);
   });
 
   test("programs in Python run as they stand", { skip: !process.env.PYTHON }, async (t) => {
@@ -411,6 +504,24 @@ describe("workers", () => {
     await page.locator("#state", { hasText: "UNAUTHENTICATED" }).waitFor();
   });
 
+  test("a token that no header can carry is refused in a sentence", async (t) => {
+    const folder = scratch(t);
+    writeFileSync(join(folder, "token"), "0123456789abcdef\n");
+    const guarded = await startWorker(["--auth-tokens-file", join(folder, "token")]);
+    t.after(() => guarded.end());
+    const page = await open(t, {}, guarded);
+    await page.locator("#state", { hasText: "UNAUTHENTICATED" }).waitFor();
+    for (const token of ["“0123456789abcdef”", "0123456789 abcdef"]) {
+      await page.fill("#token", token);
+      await page.click("#token-form button");
+      await page.locator("#state", { hasText: "only ASCII characters and no spaces" }).waitFor();
+      assert.ok(await page.isVisible("#token-form"));
+    }
+    await page.fill("#token", "0123456789abcdef");
+    await page.click("#token-form button");
+    await shown(page, "rooster.png");
+  });
+
   test("a worker that has ended is said so, and found again", async (t) => {
     let mortal = await startWorker();
     t.after(() => mortal.end());
@@ -422,6 +533,17 @@ describe("workers", () => {
     mortal = await startWorker([], { port: mortal.port });
     await shown(page, "cherries.png");
     assert.equal(await page.locator("#state").textContent(), "");
+  });
+
+  test("a worker that hangs is said so, and found again", async (t) => {
+    const page = await open(t);
+    await shown(page, "rooster.png");
+    const held = [];
+    await page.route("**/imagegpt.v1.ImageGptService/GetModel", (route) => held.push(route));
+    await page.evaluate(() => document.dispatchEvent(new Event("visibilitychange")));
+    await page.locator("#state", { hasText: "has not answered within 10 seconds" }).waitFor();
+    await page.unroute("**/imagegpt.v1.ImageGptService/GetModel");
+    await page.waitForFunction(() => document.querySelector("#state").textContent === "");
   });
 
   test("a worker that drains is said so", async (t) => {
