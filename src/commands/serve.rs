@@ -184,7 +184,6 @@ pub async fn start(config: &ServeConfig) -> anyhow::Result<Worker> {
     };
     let (model, heads, engines) = tokio::task::spawn_blocking(load).await??;
     let worker = Worker::start(config, model, heads, engines).await?;
-    tracing::info!(grpc = %worker.grpc_addr, metrics = %worker.metrics_addr, "listening");
     if let Some(page) = config.access.page_address(worker.grpc_addr) {
         tracing::info!(page, "a page for browsers is served");
     }

@@ -230,6 +230,9 @@ impl Worker {
         let listener = bind(network.listen, "--listen").await?;
         let metrics_listener = bind(network.metrics_listen, "--metrics-listen").await?;
         let (grpc_addr, metrics_addr) = (listener.local_addr()?, metrics_listener.local_addr()?);
+        // Before anything can say that it is ready: who starts a worker on a
+        // free port reads the port first.
+        tracing::info!(grpc = %grpc_addr, metrics = %metrics_addr, "listening");
 
         let metrics = Metrics::new()?;
         warn_of_silent_access_log(config);
