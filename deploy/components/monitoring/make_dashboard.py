@@ -159,6 +159,10 @@ ROWS = {
         ("Log lines lost", "Standard error was closed, full or not read fast enough: the worker "
          "does not wait for its log.", "ops",
          [(total("imagegpt_log_lines_dropped_total", "pod") + " > 0", "{{pod}}")]),
+        ("Spans", "Sent to the OTLP collector, and lost because it did not take them or too many waited.",
+         "ops",
+         [(total("imagegpt_spans_exported_total", "pod"), "{{pod}} exported"),
+          (total("imagegpt_spans_dropped_total", "reason") + " > 0", "lost: {{reason}}")]),
         ("Answers not read", "Ended after --answer-timeout, because their client read nothing.", "ops",
          [(total("imagegpt_answers_not_taken_total", "pod") + " > 0", "{{pod}}")]),
     ],
