@@ -52,7 +52,7 @@ done
 cat target/bench/soak-first.txt target/bench/soak-second.txt
 page=$(curl --silent --fail "http://127.0.0.1:$METRICS_PORT/metrics")
 grep -E '^imagegpt_(log_lines_dropped_total|images_in_flight|bytes_in_flight) ' <<<"$page"
-grep -E '^imagegpt_requests_total.*caller="(first|second)".*code="OK"' <<<"$page" || true
+grep -E '^imagegpt_requests_total\{.*code="OK",caller="(first|second)"' <<<"$page" || true
 grep -qE '^imagegpt_log_lines_dropped_total [1-9]' <<<"$page" || {
     echo "soak.sh: no log line was dropped" >&2
     failed=1
