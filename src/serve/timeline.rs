@@ -424,6 +424,11 @@ impl CallTimeline {
         self.0.is_stream
     }
 
+    /// Number of images that were answered.
+    pub(crate) fn n_images(&self) -> u64 {
+        self.0.lock().n
+    }
+
     /// Stages of a unary call up to this moment, one after the other, with its
     /// deciding image.
     pub(crate) fn stages(&self, now: Instant) -> (EachStage<StageSpan>, Option<ImageTimes>) {
@@ -436,21 +441,17 @@ impl CallTimeline {
         let Some(last) = last.filter(|_| images.n == images.n_admitted) else {
             // The call ends before its images: they are in the stage that the
             // slowest of them has reached.
-            let ends = [(images.n_admitted.min(1), images.admitted)];
-            let ends = ends.into_iter().chain(images.passed);
-            let within = [
-                CallStage::Admission,
-                CallStage::Wait,
-                CallStage::Decode,
-                CallStage::Queue,
-            ];
-            let mut at = arrived;
-            for (idx, (stage, (n, last))) in within.into_iter().zip(ends).enumerate() {
-                if images.arrived.is_none() {
-                    return (stages, None);
-                }
-                let all = if idx == 0 { 1 } else { images.n_admitted };
-                if n < all {
+            if images.arrived.is_none() {
+                return (stages, None);
+            }
+            let admitted = images.admitted;
+            stages[CallStage::Admission as usize] = span(arrived, admitted.unwrap_or(now));
+            let Some(mut at) = admitted else {
+                return (stages, None);
+            };
+            let within = [CallStage::Wait, CallStage::Decode, CallStage::Queue];
+            for (stage, (n_passed, last)) in within.into_iter().zip(images.passed) {
+                if n_passed < images.n_admitted {
                     stages[stage as usize] = span(at, now);
                     return (stages, None);
                 }
@@ -501,7 +502,7 @@ impl CallTimeline {
         CallTimes {
             stages: stages.map(|span| Some(span?.duration())),
             total,
-            n_images: self.0.lock().n,
+            n_images: self.n_images(),
             batch: last.map_or(0, |last| last.n_in_batch) as f64,
         }
     }

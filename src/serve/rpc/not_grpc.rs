@@ -93,7 +93,8 @@ fn refusal(
     }
 }
 
-fn answer(status: StatusCode, text: &'static str) -> Response<Body> {
+/// Makes an answer for a person or program that does not speak gRPC.
+pub(super) fn answer(status: StatusCode, text: &'static str) -> Response<Body> {
     let mut response = Response::new(Body::new(text.to_owned()));
     *response.status_mut() = status;
     let plain = HeaderValue::from_static("text/plain; charset=utf-8");

@@ -19,6 +19,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use tonic::body::Body;
 use tower::{Layer, Service};
 
+use super::not_grpc;
 use crate::serve::config::{ANY_ORIGIN, AccessConfig};
 
 /// Answer to a page's request under a name that is not loopback's.
@@ -155,17 +156,9 @@ where
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         match self.layer.refusal(&request) {
             None => Either::Left(self.inner.call(request)),
-            Some((status, text)) => Either::Right(ready(Ok(refused(status, text)))),
+            Some((status, text)) => Either::Right(ready(Ok(not_grpc::answer(status, text)))),
         }
     }
-}
-
-fn refused(status: StatusCode, text: &'static str) -> Response<Body> {
-    let mut response = Response::new(Body::new(text.to_owned()));
-    *response.status_mut() = status;
-    let plain = HeaderValue::from_static("text/plain; charset=utf-8");
-    response.headers_mut().insert(header::CONTENT_TYPE, plain);
-    response
 }
 
 #[cfg(test)]

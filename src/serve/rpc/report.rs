@@ -126,13 +126,12 @@ impl CallReport {
             return;
         }
         let code = self.timeline.code();
-        let (mut parts, mut events, mut n_images) = (Vec::new(), Vec::new(), 0);
+        let (mut parts, mut events) = (Vec::new(), Vec::new());
+        let n_images = self.timeline.n_images();
         if self.timeline.is_stream() {
-            n_images = self.timeline.times(now).n_images;
             events.extend(self.timeline.first_images().iter().map(image_event));
         } else {
             let (stages, last) = self.timeline.stages(now);
-            n_images += self.timeline.times(now).n_images;
             let reached = CallStage::ALL.into_iter().zip(stages);
             let reached = reached.filter_map(|(stage, span)| Some((stage, span?)));
             parts.extend(reached.map(|(stage, span)| {
