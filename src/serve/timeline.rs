@@ -432,7 +432,13 @@ impl CallTimeline {
     /// Stages of a unary call up to this moment, one after the other, with its
     /// deciding image.
     pub(crate) fn stages(&self, now: Instant) -> (EachStage<StageSpan>, Option<ImageTimes>) {
-        let span = |began, ended| Some(StageSpan { began, ended });
+        // An image may be answered between this moment and the lock.
+        let span = |began: Instant, ended: Instant| {
+            Some(StageSpan {
+                began: began.min(now),
+                ended: ended.min(now),
+            })
+        };
         let images = self.0.lock();
         let mut stages = EachStage::default();
         let arrived = images.arrived.unwrap_or(now);
@@ -466,7 +472,7 @@ impl CallTimeline {
             let (began, ended) = last.stage(stage);
             stages[stage as usize] = match stage {
                 CallStage::Receive => span(self.0.began, ended),
-                CallStage::Reply => span(began, now.max(began)),
+                CallStage::Reply => span(began, now),
                 _ => span(began, ended),
             };
         }
@@ -644,6 +650,22 @@ mod tests {
             read(30)[4..],
             [("queue", 5), ("inference", 6), ("reply", 9)]
         );
+    }
+
+    #[test]
+    fn an_answer_after_the_moment_of_reading_adds_nothing() {
+        let began = Instant::now();
+        let call = CallTimeline::new(began, None, false);
+        let mut image = ImageTimeline::new(call.request(), began + 2 * MS);
+        take(&mut image, began + 3 * MS);
+        image.tokenized(began + 4 * MS);
+        image.answered(Some(&run(began, 20, 30)));
+        for (now, queued) in [(10, 6), (4, 0), (25, 16), (40, 16)] {
+            let times = call.times(began + now * MS);
+            let sum: Duration = times.stages.iter().flatten().sum();
+            assert_eq!(sum, times.total, "at {now} ms");
+            assert_eq!(times.stages[CallStage::Queue as usize], Some(queued * MS));
+        }
     }
 
     #[test]
