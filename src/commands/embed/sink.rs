@@ -294,7 +294,12 @@ fn list_folder(path: &Path) -> std::io::Result<Vec<(String, u64)>> {
     };
     for entry in entries {
         let entry = entry?;
-        let metadata = entry.metadata()?;
+        let metadata = match entry.metadata() {
+            // Another process has renamed or removed the file since its name was
+            // read, as each writer does with its temporary file.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            metadata => metadata?,
+        };
         if metadata.is_file()
             && let Ok(name) = entry.file_name().into_string()
         {
@@ -400,6 +405,28 @@ mod tests {
         names.sort();
         assert_eq!(names, [("b".to_owned(), 3), ("c".to_owned(), 5)]);
         assert!(Sink::open("http://a/b", &Stores::default()).is_err());
+    }
+
+    #[test]
+    fn a_directory_is_listed_while_files_come_and_go() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("stays"), "content").unwrap();
+        let (before, after) = (dir.path().join(".temporary"), dir.path().join("comes"));
+        let (stop, stopped) = std::sync::mpsc::channel::<()>();
+        let writer = std::thread::spawn(move || {
+            while stopped.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
+                std::fs::write(&before, "content").unwrap();
+                std::fs::rename(&before, &after).unwrap();
+                std::fs::remove_file(&after).unwrap();
+            }
+        });
+        // Hundreds of these meet an entry whose file has gone since.
+        for _ in 0..20_000 {
+            let listed = list_folder(dir.path()).unwrap();
+            assert!(listed.contains(&("stays".to_owned(), 7)));
+        }
+        drop(stop);
+        writer.join().unwrap();
     }
 
     #[test]
