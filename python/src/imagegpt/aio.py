@@ -578,7 +578,8 @@ class AsyncClient(ClientBase):
                     changed.clear()
                     # Wakes up now and then, to notice that the client was closed.
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(changed.wait(), 1.0)
+                        async with asyncio.timeout(1.0):
+                            await changed.wait()
         finally:
             if not sys.is_finalizing():
                 await asyncio.wrap_future(loop.submit(stream.close()))

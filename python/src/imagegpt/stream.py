@@ -320,19 +320,24 @@ class EmbedStream:
             return
         self.opened.discard(self)
         self._finishing = self._unanswered == 0 and not self._ended
-        tasks = list(self._sessions.values())
+        # First, so that no task goes on that is canceled in vain.
+        self._ended = True
+        ending = set(self._sessions.values())
+        if not self._finishing:
+            for task in ending:
+                task.cancel()
         if self._keeper is not None:
             self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
-        if not self._finishing:
-            for task in tasks:
-                task.cancel()
+            ending.add(self._keeper)
         self._feed.wake()
-        _, late = await asyncio.wait(tasks, timeout=2 * FAREWELL) if tasks else (set(), set())
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
-        self._ended = True
+        # Each wait is bounded: a program that ends a stream must not hang with it.
+        for _ in range(2):
+            if ending:
+                _, ending = await asyncio.wait(ending, timeout=2 * FAREWELL)
+            for task in ending:
+                task.cancel()
+        for task in ending:
+            log.warning("a task of a stream does not end: %r", task)
         self._in_progress.__exit__(None, None, None)
 
     # The keeper: addresses and the end of patience.
@@ -346,7 +351,8 @@ class EmbedStream:
                 quick = min(0.3, self._options.give_up_after / 4)
                 wait = RESOLVE_INTERVAL if self._has_opened else quick
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._look.wait(), min(wait, self._options.item_timeout))
+                    async with asyncio.timeout(min(wait, self._options.item_timeout)):
+                        await self._look.wait()
                 self._look.clear()
         except Exception as error:
             self._fail(error)
@@ -355,7 +361,8 @@ class EmbedStream:
         addresses: set[Address] = set()
         for endpoint in self._connect.endpoints:
             try:
-                found = await asyncio.wait_for(endpoint.resolve(), HELLO_TIMEOUT)
+                async with asyncio.timeout(HELLO_TIMEOUT):
+                    found = await endpoint.resolve()
             except (OSError, TimeoutError) as error:
                 reason = f"{endpoint.host} has no address: {error or 'no answer'}"
                 self._troubles[endpoint] = _SessionEnded(reason)
@@ -515,7 +522,8 @@ class EmbedStream:
     @staticmethod
     async def _hello(step: Any, name: str) -> Any:
         try:
-            return await asyncio.wait_for(step, HELLO_TIMEOUT)
+            async with asyncio.timeout(HELLO_TIMEOUT):
+                return await step
         except TimeoutError:
             reason = f"the worker did not {name} within {HELLO_TIMEOUT:.0f} s"
             raise _SessionEnded(reason) from None
