@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Measures what traces cost: requests per second and core of the server alone (an
 # engine that runs no model, 64 callers, one image of tokens per call), without a
-# collector and with one call in a hundred sampled, in turns. Prints the figures
-# of all rounds, their medians, and the second by the first.
+# collector and with one call in a hundred sampled. Both workers run all the time,
+# and are measured for two seconds each in turns, so that a clock that changes within
+# seconds changes both. Prints the medians, and the median of the ratios of
+# neighboring measurements with its 95 % interval (bootstrap).
 #
 #   BINARY   the program
 #   PYTHON   an interpreter with grpcio and opentelemetry-proto, for the collector
-#   ROUNDS   rounds (5)
+#   ROUNDS   turns (40)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(mktemp -d)
@@ -35,34 +37,49 @@ processes+=($!)
 until [ -s "$out/port" ]; do sleep 0.1; done
 collector=http://127.0.0.1:$(cat "$out/port")
 
-# usage: round NAME FLAG...
-round() {
-    local name=$1 pid
-    shift
+# usage: start NAME PORT METRICS_PORT FLAG...
+start() {
+    local name=$1 port=$2 metrics=$3
+    shift 3
     taskset -c 0 "$BINARY" serve --model "$MODEL" --fake-engine 0s --max-queue-delay 0ms \
-        --listen "127.0.0.1:$PORT" --metrics-listen "127.0.0.1:$METRICS_PORT" "$@" \
-        2>"$out/log" &
-    pid=$!
-    processes+=("$pid")
-    scripts/await-ready.sh "$pid" "$METRICS_PORT" "$out/log"
-    taskset -c 1 "$BINARY" bench saturate --endpoint "http://127.0.0.1:$PORT" --pid "$pid" \
-        --callers 64 --duration 6s --warm-up 1s --json "$out/json" >"$out/text" 2>&1
-    kill "$pid"
-    wait "$pid"
-    "$PYTHON" - "$out/json" <<'PY' | tee -a "$out/$name"
-import json, sys
-measured = json.load(open(sys.argv[1]))["measurements"][0]
-print(round(measured["server"]["requests_per_second_per_core"]))
-PY
+        --listen "127.0.0.1:$port" --metrics-listen "127.0.0.1:$metrics" "$@" \
+        2>"$out/log-$name" &
+    pids[$name]=$!
+    processes+=("$!")
+    scripts/await-ready.sh "$!" "$metrics" "$out/log-$name"
 }
 
-for _ in $(seq "${ROUNDS:-5}"); do
-    echo -n "off: " && round off
-    echo -n "1 %: " && round sampled --otlp-endpoint "$collector" --otlp-sample-ratio 0.01
+# usage: measure NAME PORT
+measure() {
+    taskset -c 1 "$BINARY" bench saturate --endpoint "http://127.0.0.1:$2" --pid "${pids[$1]}" \
+        --callers 64 --duration 2s --warm-up 200ms --json "$out/$1-$turn.json" >"$out/text" 2>&1
+}
+
+declare -A pids
+start off "$PORT" "$METRICS_PORT"
+start sampled "$((PORT + 2))" "$((METRICS_PORT + 2))" \
+    --otlp-endpoint "$collector" --otlp-sample-ratio 0.01
+# The first turns, in which memory is allocated, are not counted.
+for turn in warm-a warm-b $(seq "${ROUNDS:-40}"); do
+    # The order changes, so that neither worker is always first.
+    if [[ $turn == *[02468] ]]; then
+        measure off "$PORT" && measure sampled "$((PORT + 2))"
+    else
+        measure sampled "$((PORT + 2))" && measure off "$PORT"
+    fi
 done
-"$PYTHON" - "$out/off" "$out/sampled" <<'PY'
-import statistics, sys
-off, sampled = ([int(line) for line in open(path)] for path in sys.argv[1:])
-first, second = statistics.median(off), statistics.median(sampled)
-print(f"medians: {first:.0f} requests/s per core off, {second:.0f} with 1 % ({second / first:.3f})")
+"$PYTHON" - "$out" "${ROUNDS:-40}" <<'PY'
+import json, pathlib, random, statistics, sys
+
+def rate(name, turn):
+    measured = json.loads(pathlib.Path(sys.argv[1], f"{name}-{turn}.json").read_text())
+    return measured["measurements"][0]["server"]["requests_per_second_per_core"]
+
+turns = range(1, int(sys.argv[2]) + 1)
+off, sampled = ([rate(name, turn) for turn in turns] for name in ("off", "sampled"))
+ratios = [second / first for first, second in zip(off, sampled)]
+draw = random.Random(7)
+medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+print(f"requests/s per core: {statistics.median(off):.0f} off, {statistics.median(sampled):.0f} with 1 %")
+print(f"ratio: {statistics.median(ratios):.3f} (95 %: {medians[49]:.3f} to {medians[1949]:.3f}, {len(ratios)} turns)")
 PY

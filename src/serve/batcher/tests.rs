@@ -190,6 +190,11 @@ fn start(scripts: Vec<Script>) -> Running {
     threads.push(spawn("batcher", move || {
         super::run(&batcher, &channels);
     }));
+    // A worker takes no calls before, and an engine that fails while others load
+    // ends the worker.
+    while matches!(devices.borrow().state(), WorkerState::Loading) {
+        std::thread::yield_now();
+    }
     Running {
         jobs: jobs_in,
         bell: bell_in,
