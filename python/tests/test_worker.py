@@ -480,6 +480,18 @@ def test_times_that_no_clock_has_are_no_limit_and_wrong_ones_are_refused(
             LocalWorker(models / "emoji", start_timeout=wrong)  # type: ignore[arg-type]
 
 
+def test_a_call_of_a_local_worker_that_ends_meanwhile_says_so_at_once(
+    models: Path, pictures: list[Path]
+) -> None:
+    with LocalWorker(models / "emoji", fake_engine="30s") as worker:
+        threading.Timer(0.5, os.kill, (worker.pid, signal.SIGKILL)).start()
+        begun = time.monotonic()
+        with pytest.raises(UnavailableError, match="-9") as caught:
+            worker.embed(pictures[:1], timeout=60.0)
+        assert time.monotonic() - begun < 6.0
+        assert caught.value.items == [0]
+
+
 def test_a_stream_of_a_local_worker_that_has_ended_says_so_at_once(
     models: Path, pictures: list[Path]
 ) -> None:

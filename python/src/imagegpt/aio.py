@@ -31,7 +31,7 @@ from imagegpt.core import (
 from imagegpt.errors import ImageError
 from imagegpt.images import ImageInput
 from imagegpt.ledger import Ledger
-from imagegpt.loop import GrpcLoop
+from imagegpt.loop import GrpcLoop, StreamOwner
 from imagegpt.options import (
     Alpha,
     Context,
@@ -552,10 +552,12 @@ class AsyncClient(ClientBase):
             functools.partial(tell, fail),
             functools.partial(tell, changed.set),
         )
-        loop.soon(stream.start)
+        owner = StreamOwner(loop, stream.close)
         is_done = False
         try:
+            loop.soon(stream.start)
             while True:
+                loop.check_own()
                 self._check_usable(ledger)
                 outcome = ledger.pop()
                 if outcome is not None:
@@ -581,8 +583,10 @@ class AsyncClient(ClientBase):
                         async with asyncio.timeout(1.0):
                             await changed.wait()
         finally:
-            if not sys.is_finalizing():
-                await asyncio.wrap_future(loop.submit(stream.close()))
+            if loop.is_own and not sys.is_finalizing():
+                # A task that is canceled meanwhile does not cancel the end.
+                await asyncio.shield(asyncio.wrap_future(loop.submit(stream.close())))
+            owner.release()
 
 
 async def _pull(source: Any) -> tuple[Any, bool]:

@@ -158,6 +158,8 @@ class Connections:
         self._closed = False
         #: Calls and streams in progress.
         self.n_in_progress = 0
+        #: Says why no worker will ever answer again, if that is known.
+        self.has_ended: Callable[[], WorkerError | None] | None = None
 
     @contextlib.contextmanager
     def in_progress(self) -> Iterator[None]:
@@ -246,6 +248,10 @@ class Connections:
             # of theirs the connection, also where a fork must close it.
             del stub
             self.check_open()
+            ended = self.has_ended() if self.has_ended is not None else None
+            if ended is not None:
+                ended.items = list(items)
+                raise ended
             wait = patience.wait(failure, time.monotonic())
             if wait is None:
                 raise failure.error(items, str(endpoint))

@@ -22,7 +22,7 @@ from imagegpt.core import (
 from imagegpt.errors import ImageError
 from imagegpt.images import ImageInput
 from imagegpt.ledger import Ledger
-from imagegpt.loop import GrpcLoop
+from imagegpt.loop import GrpcLoop, StreamOwner
 from imagegpt.options import (
     Alpha,
     Context,
@@ -99,7 +99,7 @@ class Client(ClientBase):
         :class:`~imagegpt.ClosedError`."""
         inner = self._closing()
         if inner is not None:
-            GrpcLoop.get().finish(inner.close())
+            GrpcLoop.get().finish(inner.close)
 
     def model(self, *, timeout: float | None = None) -> ModelInfo:
         """Returns the model that the workers serve, asked anew.
@@ -755,7 +755,7 @@ class Client(ClientBase):
         news: queue.SimpleQueue[Any] = queue.SimpleQueue()
         loop = GrpcLoop.get()
         stream = core.stream(embed, options, news.put, news.put, lambda: news.put(None))
-        loop.soon(stream.start)
+        owner = StreamOwner(loop, stream.close)
         is_done = False
         batch: list[Task] = []
 
@@ -781,7 +781,9 @@ class Client(ClientBase):
             return True
 
         try:
+            loop.soon(stream.start)
             while True:
+                loop.check_own()
                 self._check_usable(ledger)
                 while take(is_waiting=False):
                     pass
@@ -808,4 +810,5 @@ class Client(ClientBase):
                     hand_over()
                     take(is_waiting=True)
         finally:
-            loop.finish(stream.close())
+            loop.finish(stream.close)
+            owner.release()

@@ -166,6 +166,11 @@ class ClientCore:
         self._connections = Connections(self._connect)
         self._model: ModelInfo | None = None
 
+    def watch(self, has_ended: Callable[[], WorkerError | None]) -> None:
+        """Sets who knows why no worker will ever answer again; calls that find none
+        ask before each new try."""
+        self._connections.has_ended = has_ended
+
     async def close(self) -> None:
         """Closes the connections; calls in progress fail with
         :class:`~imagegpt.ClosedError`."""

@@ -12,13 +12,14 @@ import gc
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from imagegpt.calls import Connections
 from imagegpt.errors import ForkError
 
-__all__ = ["GrpcLoop"]
+__all__ = ["GrpcLoop", "StreamOwner"]
 
 _T = TypeVar("_T")
 
@@ -72,18 +73,71 @@ class GrpcLoop:
         """Makes a call in the loop, and does not wait for it."""
         self.loop.call_soon_threadsafe(call, *arguments)
 
-    def finish(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Runs a coroutine that ends something. Does not wait where nothing would
-        come: while the interpreter ends, and in the loop's own thread, where the
-        garbage collector may free a stream or a client."""
-        if sys.is_finalizing():
-            # The loop's thread no longer runs.
-            coroutine.close()
-        elif threading.current_thread() is self.thread:
-            self.tasks.add(task := self.loop.create_task(coroutine))
+    @property
+    def is_own(self) -> bool:
+        """True in the process that made this loop; in a forked one its thread does not
+        run."""
+        return self.process == os.getpid()
+
+    def check_own(self) -> None:
+        """Checks that the process is the one that made this loop.
+
+        Raises:
+            ForkError: The process was forked from that one.
+        """
+        if not self.is_own:
+            raise ForkError(
+                "this stream belongs to the process that began it, from which this one was "
+                "forked; begin a stream here, in a process started by 'spawn' or 'forkserver'"
+            )
+
+    def finish(self, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Ends something, and waits for it. ``end`` may be called twice.
+
+        Does not wait where nothing would come: in a forked process, while the
+        interpreter ends, and in the loop's own thread, where the garbage collector may
+        free a stream or a client. A caller that is interrupted does not wait further;
+        the end goes on.
+        """
+        if not self.is_own or sys.is_finalizing():
+            return
+        ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def begin() -> None:
+            self.tasks.add(task := self.loop.create_task(end()))
+            task.add_done_callback(tell)
+
+        def tell(task: asyncio.Task[None]) -> None:
+            self.tasks.discard(task)
+            if ended.done():
+                return
+            error = None if task.cancelled() else task.exception()
+            if error is None:
+                ended.set_result(None)
+            else:
+                ended.set_exception(error)
+
+        if threading.current_thread() is self.thread:
+            begin()
+            return
+        try:
+            self.soon(begin)
+        except BaseException:
+            # An interrupt, maybe before the call was handed over.
+            self.soon(begin)
+            raise
+        ended.result()
+
+    def abandon(self, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Ends something whose owner was freed without ending it; does not wait."""
+        if not self.is_own or sys.is_finalizing():
+            return
+
+        def begin() -> None:
+            self.tasks.add(task := self.loop.create_task(end()))
             task.add_done_callback(self.tasks.discard)
-        else:
-            self.run(coroutine)
+
+        self.soon(begin)
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         """Runs a coroutine in the loop, and waits for it."""
@@ -94,6 +148,20 @@ class GrpcLoop:
             # The caller was interrupted, or the coroutine failed.
             future.cancel()
             raise
+
+
+class StreamOwner:
+    """Guard of a stream that ends it if its generator is freed without having ended
+    it, as one may be that is interrupted while it ends."""
+
+    def __init__(self, loop: GrpcLoop, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._finalizer = weakref.finalize(self, loop.abandon, end)
+        # The end of the program has its own end of streams.
+        self._finalizer.atexit = False
+
+    def release(self) -> None:
+        """Makes the guard do nothing: the stream has ended."""
+        self._finalizer.detach()
 
 
 # Longest time in seconds in which connections are closed before a fork.

@@ -239,7 +239,16 @@ class LocalWorker(Client):
         error = None if self._closed else self._ended()
         if error is not None:
             raise error
-        return super()._core()
+        core = super()._core()
+        # Weak, so that a worker that is forgotten ends at once.
+        ended = weakref.WeakMethod(self._ended)
+
+        def has_ended() -> UnavailableError | None:
+            method = ended()
+            return None if method is None else method()
+
+        core.watch(has_ended)
+        return core
 
     def _ended(self) -> UnavailableError | None:
         """Returns the error of calls to a worker that has ended, which cannot come
