@@ -105,7 +105,7 @@ const UNSAFE: [&str; 14] = [
     "kernels/vector",
     "kernels/whole",
     "gpu",
-    "engine/onnx/sequences",
+    "engine/onnx/sequences/cache",
     "runtime/arena",
     "runtime/pages",
     "runtime/placement",

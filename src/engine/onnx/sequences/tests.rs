@@ -1,6 +1,7 @@
 //! Tests, on a CPU, of the step of one size that a GPU uses: it must draw the
 //! same as steps of several sizes.
 
+use super::cache::{Buffer, Place};
 use super::*;
 use crate::compile::{CompileOptions, ModelSource, Silent};
 use crate::model::GraphFiles;
@@ -202,12 +203,12 @@ fn a_slot_that_is_cleared_has_zeros_and_the_others_keep_theirs(folder: &Path) {
         let mut engine = sequences(folder, one_size);
         let expected = logits(&mut engine);
         engine.fill_slots(0, SLOTS, f32::NAN).expect("all slots");
-        for buffer in &mut engine.buffers {
+        for buffer in &mut engine.cache.buffers {
             assert!(numbers(buffer).iter().all(|number| number.is_nan()));
         }
         engine.fill_slots(1, 1, 0.0).expect("a slot");
-        let slot_len = engine.slot.iter().product::<usize>();
-        for buffer in &mut engine.buffers {
+        let slot_len = engine.cache.layout.slot.iter().product::<usize>();
+        for buffer in &mut engine.cache.buffers {
             let slots: Vec<&[f32]> = numbers(buffer).chunks_exact(slot_len).collect();
             assert_eq!(slots.len(), SLOTS);
             assert!(slots[1].iter().all(|&number| number == 0.0), "{one_size}");
@@ -218,7 +219,7 @@ fn a_slot_that_is_cleared_has_zeros_and_the_others_keep_theirs(folder: &Path) {
             );
         }
         engine.fill_slots(0, SLOTS, 0.0).expect("all slots");
-        for buffer in &mut engine.buffers {
+        for buffer in &mut engine.cache.buffers {
             assert!(numbers(buffer).iter().all(|&number| number == 0.0));
         }
         assert!(logits(&mut engine) == expected, "{one_size}");
@@ -234,8 +235,8 @@ fn a_slot_that_is_cleared_has_zeros_and_the_others_keep_theirs(folder: &Path) {
 fn memory_is_zero_before_the_first_sequence(folder: &Path) {
     let mut engine = sequences(folder, true);
     // Positions that the warm-up has not written.
-    let [_, positions, position_len] = engine.slot;
-    for buffer in &mut engine.buffers {
+    let [_, positions, position_len] = engine.cache.layout.slot;
+    for buffer in &mut engine.cache.buffers {
         for head in numbers(buffer).chunks_exact(positions * position_len) {
             let rest = &head[positions / 2 * position_len..];
             assert!(rest.iter().all(|&number| number == 0.0));
