@@ -1,9 +1,11 @@
 //! Tests, on a CPU, of the code that GPUs share: buffers that are bound once,
 //! also those of captured runs.
 
+use super::inputs::InputNumber;
 use super::*;
 use crate::model::GraphFiles;
 use crate::model::graph::Want;
+use crate::model::precision::Provider;
 use crate::runtime::Residence;
 use crate::runtime::library::{environment, find_library};
 
