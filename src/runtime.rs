@@ -97,6 +97,18 @@ impl GpuAttention {
     }
 }
 
+/// Program that copies inputs and outputs between the host and a GPU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum GpuCopies {
+    /// ONNX Runtime, one copy of the process at a time.
+    #[default]
+    #[value(name = "onnxruntime")]
+    OnnxRuntime,
+    /// The worker over the NVIDIA driver, each device by itself and through
+    /// pinned memory.
+    Driver,
+}
+
 /// Number of kernels that ran, by execution provider and operator.
 pub type Operators = BTreeMap<String, BTreeMap<String, usize>>;
 

@@ -9,6 +9,7 @@
 
 mod answers;
 mod choice;
+mod copies;
 mod loading;
 mod sequences;
 mod whole_images;
@@ -18,6 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use self::choice::{check_compiled_for, check_precision, choose, may_capture};
+use self::copies::EngineCopies;
 use self::sequences::SequenceEngine;
 use self::whole_images::{WholeBatch, WholeGraph};
 use super::{
@@ -30,7 +32,7 @@ use crate::model::precision::{Precision, Provider, ProviderChoice};
 use crate::runtime::capture::{CAPTURES, CaptureLock};
 use crate::runtime::error::{EngineError, runtime};
 use crate::runtime::failure::{Failures, leak_if_lost};
-use crate::runtime::{GpuAttention, library};
+use crate::runtime::{GpuAttention, GpuCopies, library};
 
 pub use self::choice::auto_takes_cuda;
 pub use crate::runtime::library::{LIBRARY, LIBRARY_FOLDER, environment, find_library};
@@ -84,6 +86,8 @@ pub struct OnnxOptions {
     pub cuda_graphs: bool,
     /// Kernel of attention over the key/value cache on a GPU.
     pub generate_attention: GpuAttention,
+    /// Program that copies between the host and a GPU.
+    pub gpu_copies: GpuCopies,
 }
 
 /// Engine that runs a model in ONNX Runtime.
@@ -94,6 +98,8 @@ pub struct OnnxEngine {
     /// Id of the start token, which is the id after the last color.
     start: u16,
     sequences: Option<SequenceEngine>,
+    /// Copies of all graphs, which run in turn.
+    copies: EngineCopies,
     warm: Vec<WarmRun>,
     canary: Option<Canary>,
     /// Lock of captures in this process, on a GPU.
@@ -145,6 +151,7 @@ impl OnnxEngine {
             positions: options.positions,
             start: u16::try_from(options.n_colors).unwrap_or(u16::MAX),
             sequences: None,
+            copies: EngineCopies::open(options.gpu_copies, &runtime),
             warm: Vec::new(),
             canary: None,
             captures: (runtime.provider == Provider::Cuda).then_some(&CAPTURES),
@@ -192,7 +199,7 @@ impl Engine for OnnxEngine {
         }));
         let failures = self.failures;
         loaded
-            .run(run, batch, &options, &mut self.span)
+            .run(run, batch, &options, &mut self.copies, &mut self.span)
             .map_err(|error| failures.judge(error))
     }
 
@@ -200,7 +207,7 @@ impl Engine for OnnxEngine {
         self.sequences
             .as_mut()
             .ok_or_else(|| no_graph(Graph::Generate))?
-            .feed(feed, logits, &mut self.span)
+            .feed(feed, &mut self.copies, logits, &mut self.span)
             .map_err(|error| self.failures.judge(error))
     }
 

@@ -43,7 +43,18 @@ impl OnnxEngine {
             tracing::debug!(graph = graph.label(), seconds, "graph loaded and warmed up");
         }
         loader.finish();
+        self.note_copies();
         Ok(())
+    }
+
+    /// Notes if copies that were asked for are not used.
+    pub(super) fn note_copies(&mut self) {
+        if let Some(refusal) = self.copies.refusal() {
+            self.facts.fallbacks.push(Fallback {
+                kind: FallbackKind::GpuCopies,
+                reason: refusal.to_owned(),
+            });
+        }
     }
 
     /// Loads a graph and warms it up; if it cannot be captured as a CUDA graph,
@@ -110,8 +121,8 @@ impl OnnxEngine {
             // Owned by the engine before its device is used; see `leak_if_lost`.
             let sequences = self.sequences.insert(sequences);
             let warm = sequences
-                .prepare()
-                .and_then(|()| sequences.warm_up())
+                .prepare(&mut self.copies)
+                .and_then(|()| sequences.warm_up(&mut self.copies))
                 .map_err(|error| self.failures.judge(error))?;
             self.facts.sequences = Some(sequences.facts);
             self.warm.extend(warm);

@@ -24,6 +24,7 @@ use ort::value::Tensor;
 
 use self::cache::{KvCache, KvLayout};
 use self::step::Step;
+use super::copies::EngineCopies;
 use super::whole_images::{GRAPH_ID, NO_GRAPH};
 use crate::engine::{RunSpan, SequenceFacts, SlotFeed, SlotFeedRow, WarmRun};
 use crate::kernels::attention::SharedPrefix;
@@ -160,11 +161,11 @@ impl SequenceEngine {
     }
 
     /// Allocates the key/value cache and binds the step of all slots.
-    pub(super) fn prepare(&mut self) -> Result<(), EngineError> {
+    pub(super) fn prepare(&mut self, copies: &mut EngineCopies) -> Result<(), EngineError> {
         self.cache.allocate(&self.session)?;
         self.fill_slots(0, self.n_buffers(), 0.0)?;
         if self.has_one_size {
-            self.step = Some(self.step()?);
+            self.step = Some(self.step(copies)?);
         }
         Ok(())
     }
@@ -191,10 +192,13 @@ impl SequenceEngine {
     }
 
     /// Runs a primer and a step of each size, before any caller waits for them.
-    pub(super) fn warm_up(&mut self) -> Result<Vec<WarmRun>, EngineError> {
+    pub(super) fn warm_up(
+        &mut self,
+        copies: &mut EngineCopies,
+    ) -> Result<Vec<WarmRun>, EngineError> {
         let mut warm = Vec::new();
         let mut logits = Vec::new();
-        self.warm_up_primers(&mut logits)?;
+        self.warm_up_primers(copies, &mut logits)?;
         let start = u16::try_from(self.n_colors).unwrap_or(u16::MAX);
         for size in self.facts.sizes().iter() {
             let row = SlotFeedRow {
@@ -211,7 +215,7 @@ impl SequenceEngine {
             // The first run of a size allocates.
             for _ in 0..2 {
                 let started = Instant::now();
-                self.feed(&feed, &mut logits, &mut None)?;
+                self.feed(&feed, copies, &mut logits, &mut None)?;
                 elapsed = started.elapsed();
             }
             warm.push(WarmRun {
@@ -226,7 +230,11 @@ impl SequenceEngine {
 
     /// Runs primers of all lengths, first and later pieces: on a GPU, kernels
     /// are chosen and built for each length.
-    fn warm_up_primers(&mut self, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+    fn warm_up_primers(
+        &mut self,
+        copies: &mut EngineCopies,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), EngineError> {
         let (facts, positions) = (self.facts, self.positions);
         for length in facts.pieces(positions) {
             let tokens: Vec<u16> = vec![0; length];
@@ -242,7 +250,7 @@ impl SequenceEngine {
                     rows: &[piece],
                     prefixes: &[],
                 };
-                self.feed(&feed, logits, &mut None)?;
+                self.feed(&feed, copies, logits, &mut None)?;
             }
         }
         Ok(())
@@ -251,6 +259,7 @@ impl SequenceEngine {
     pub(super) fn feed(
         &mut self,
         feed: &SlotFeed<'_>,
+        copies: &mut EngineCopies,
         logits: &mut Vec<f32>,
         span: &mut Option<RunSpan>,
     ) -> Result<(), EngineError> {
@@ -268,7 +277,7 @@ impl SequenceEngine {
             && (feed.first_slot, rows.len()) == (0, step.n_rows)
             && rows.iter().all(|row| row.tokens.len() == 1)
         {
-            let values = step.run(&mut self.session, rows, span)?;
+            let values = step.run(&mut self.session, rows, copies, span)?;
             logits.clear();
             logits.extend_from_slice(&values[..feed.rows.len() * self.n_colors]);
             return Ok(());

@@ -3,8 +3,11 @@
 use std::path::Path;
 
 use super::choice::may_capture;
+use super::copies::tests::over;
 use super::loading::captured_or_not;
 use super::*;
+use crate::engine::FallbackKind;
+use crate::gpu::copies::tests::FakeDriver;
 use crate::model::Model;
 use crate::model::buckets::Buckets;
 
@@ -72,6 +75,7 @@ fn options(model: Model) -> OnnxOptions {
         gpu_memory_limit: None,
         cuda_graphs: false,
         generate_attention: GpuAttention::Auto,
+        gpu_copies: GpuCopies::OnnxRuntime,
     }
 }
 
@@ -121,4 +125,53 @@ fn an_answer_that_moved_is_noticed() {
     assert!(distance(&[1.0, 2.1], &[1.0, 2.0]) > CANARY_TOLERANCE);
     assert!(distance(&[f32::NAN], &[1.0]).is_infinite());
     assert!(distance(&[], &[1.0]).is_infinite());
+}
+
+/// Runs two images whose tokens are all 1 and all 2.
+fn two_images(engine: &mut OnnxEngine) -> Result<Vec<Vec<f32>>, EngineError> {
+    let images = [1, 2].map(|token| vec![token; engine.positions]);
+    let rows = images.each_ref().map(|tokens| BatchRow {
+        tokens,
+        want: Want::Mean,
+    });
+    let run = GraphRun {
+        graph: Graph::Hidden,
+        bucket: 2,
+        rows: &rows,
+    };
+    engine.run(&run, &RunStop::default())
+}
+
+#[test]
+fn failed_copies_are_told_apart_like_failed_runs() {
+    let driver = FakeDriver::new();
+    let mut engine = engine();
+    engine.copies = over(&driver);
+    let answers = two_images(&mut engine).expect("a run");
+    assert!(driver.count("downloads") > 0);
+    driver.fail("cuMemcpyDtoHAsync", 2);
+    let error = two_images(&mut engine).expect_err("no memory");
+    assert!(matches!(error, EngineError::OutOfMemory(_)), "{error:?}");
+    driver.fail("", 0);
+    assert_eq!(two_images(&mut engine).expect("a run"), answers);
+    driver.fail("cuStreamSynchronize", 700);
+    let error = two_images(&mut engine).expect_err("an illegal address");
+    assert!(matches!(error, EngineError::Device(_)), "{error:?}");
+    assert!(error.to_string().contains("cuStreamSynchronize"), "{error}");
+}
+
+#[test]
+fn copies_that_were_asked_for_and_cannot_be_made_are_a_fallback() {
+    let mut engine = engine();
+    engine.note_copies();
+    assert_eq!(engine.facts.fallbacks, []);
+    engine
+        .copies
+        .take(Err("there is no NVIDIA driver".to_owned()));
+    engine.note_copies();
+    let [fallback] = &engine.facts.fallbacks[..] else {
+        panic!("one fallback");
+    };
+    assert_eq!(fallback.kind, FallbackKind::GpuCopies);
+    assert_eq!(fallback.reason, "there is no NVIDIA driver");
 }

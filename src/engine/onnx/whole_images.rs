@@ -7,8 +7,8 @@
 //! On the host they are in ordinary memory, since ONNX Runtime 1.31 refuses an
 //! output that is bound to pinned memory (it tries to copy it onto itself). Of a
 //! run of 19 ms, the upload of 64 images takes 0.04 ms and the download of their
-//! means 0.3 ms; the copies also take a lock that all devices share, which
-//! benches/GPU.md has a plan for.
+//! means 0.3 ms. ONNX Runtime's copies also take a lock that all devices share;
+//! those over the driver do not (`--gpu-copies`).
 
 mod bound;
 mod inputs;
@@ -26,6 +26,7 @@ use ort::value::{Outlet, TensorElementType, TensorValueTypeMarker, Value};
 use self::bound::{Bound, Memory};
 use self::inputs::{Input, Role, input};
 use super::answers::answers;
+use super::copies::EngineCopies;
 use crate::engine::{BatchRow, GraphRun, RunSpan};
 use crate::model::graph::Graph;
 use crate::runtime::error::{EngineError, runtime};
@@ -145,6 +146,7 @@ impl WholeGraph {
         run: &GraphRun<'_>,
         batch: WholeBatch<'_>,
         options: &RunOptions,
+        copies: &mut EngineCopies,
         span: &mut Option<RunSpan>,
     ) -> Result<Vec<Vec<f32>>, EngineError> {
         // A graph need not declare the shape of its output. The first run shows
@@ -154,14 +156,14 @@ impl WholeGraph {
             return self.first_run(run, batch, options);
         };
         if !self.bound.contains_key(&batch.size) {
-            let bound = Bound::new(self, row, batch)?;
+            let bound = Bound::new(self, row, batch, copies)?;
             self.bound.insert(batch.size, bound);
         }
         let bound = self
             .bound
             .get_mut(&batch.size)
             .ok_or_else(|| EngineError::Runtime("a binding was lost".to_owned()))?;
-        bound.feed(&self.inputs, batch)?;
+        bound.feed(&self.inputs, batch, copies)?;
         let session = &mut self.session;
         let (outcome, ran) = RunSpan::of(|| {
             let outcome = session.run_binding_with_options(&bound.binding, options);
@@ -169,7 +171,7 @@ impl WholeGraph {
         });
         *span = Some(ran);
         outcome.map_err(runtime)?;
-        let output = floats(bound.output()?)?;
+        let output = floats(bound.output(copies)?)?;
         answers(run, batch.positions, &output.view())
     }
 

@@ -5,6 +5,7 @@ use ort::memory::Allocator;
 use ort::session::{IoBinding, RunOptions, Session};
 use ort::value::Tensor;
 
+use super::super::copies::EngineCopies;
 use super::super::whole_images::GRAPH_ID;
 use super::SequenceEngine;
 use crate::engine::{RunSpan, SlotFeedRow};
@@ -51,6 +52,7 @@ impl Step {
         &mut self,
         session: &mut Session,
         rows: &[SlotFeedRow<'_>],
+        copies: &mut EngineCopies,
         span: &mut Option<RunSpan>,
     ) -> Result<&[f32], EngineError> {
         let int32 = |size: usize| i32::try_from(size).unwrap_or(i32::MAX);
@@ -64,27 +66,28 @@ impl Step {
             *end = int32(row.past);
         }
         let (outcome, ran) = RunSpan::of(|| {
-            for (host, device) in self.host.tokens.iter().zip(&mut self.device.tokens) {
-                host.copy_into(device)?;
-            }
-            session.run_binding_with_options(&self.binding, &self.options)?;
-            self.device.logits.copy_into(&mut self.host.logits)
+            copies.upload(self.host.tokens.iter_mut().zip(&mut self.device.tokens))?;
+            session
+                .run_binding_with_options(&self.binding, &self.options)
+                .map_err(runtime)?;
+            copies.download(&mut self.device.logits, &mut self.host.logits)
         });
         *span = Some(ran);
-        outcome.map_err(runtime)?;
+        outcome?;
         Ok(self.host.logits.extract_tensor().1)
     }
 }
 
 impl SequenceEngine {
     /// Makes the step of all slots.
-    pub(super) fn step(&mut self) -> Result<Step, EngineError> {
+    pub(super) fn step(&mut self, copies: &mut EngineCopies) -> Result<Step, EngineError> {
         let n_rows = self.n_buffers();
         let mut binding = self.cache.bind(&self.session, 0, n_rows)?;
         let allocator = self.cache.allocator(&self.session)?;
         let new = |allocator: &Allocator| Placed::new(allocator, n_rows, self.n_colors);
         let host = new(&Allocator::default()).map_err(runtime)?;
         let mut device = new(&allocator).map_err(runtime)?;
+        copies.reserve(&host.tokens.each_ref(), &host.logits);
         for (name, tensor) in STEP_INPUTS.into_iter().zip(&device.tokens) {
             binding.bind_input(name, tensor).map_err(runtime)?;
         }

@@ -1,10 +1,11 @@
-//! Buffers of the runs of one batch size, on the host and, for captured runs, on
-//! the device.
+//! Buffers of the runs of one batch size, on the host and, for captured runs and
+//! for copies over the driver, on the device.
 
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, Session};
 use ort::value::DynTensor;
 
+use super::super::copies::EngineCopies;
 use super::inputs::Input;
 use super::{WholeBatch, WholeGraph};
 use crate::model::precision::Provider;
@@ -51,7 +52,8 @@ pub(super) struct Bound {
     inputs: Vec<DynTensor>,
     /// Output that the host reads.
     output: DynTensor,
-    /// Inputs and output that a captured run uses instead.
+    /// Inputs and output that a captured run, or one with the driver's copies,
+    /// uses instead.
     on_device: Option<OnDevice>,
 }
 
@@ -65,6 +67,7 @@ impl Bound {
         graph: &WholeGraph,
         row: &[usize],
         batch: WholeBatch<'_>,
+        copies: &mut EngineCopies,
     ) -> Result<Self, EngineError> {
         let session = &graph.session;
         let new = |allocator: &Allocator| -> Result<(Vec<DynTensor>, DynTensor), EngineError> {
@@ -81,7 +84,8 @@ impl Bound {
         };
         let (mut inputs, output) = new(&Memory::host(session)?)?;
         let mut on_device = None;
-        if graph.captures {
+        if graph.captures || copies.are_the_drivers() {
+            copies.reserve(&inputs.iter().collect::<Vec<_>>(), &output);
             let (inputs, output) = new(&graph.memory.device(session)?)?;
             on_device = Some(OnDevice { inputs, output });
         }
@@ -98,17 +102,16 @@ impl Bound {
             output,
             on_device,
         };
-        bound.place(graph)?;
+        bound.place(graph, copies)?;
         Ok(bound)
     }
 
     /// Binds the inputs and output whose memory never changes.
-    fn place(&mut self, graph: &WholeGraph) -> Result<(), EngineError> {
+    fn place(&mut self, graph: &WholeGraph, copies: &mut EngineCopies) -> Result<(), EngineError> {
         let output = match &mut self.on_device {
             Some(on_device) => {
-                let inputs = graph.inputs.iter().zip(&self.inputs);
-                for ((input, host), tensor) in inputs.zip(&mut on_device.inputs) {
-                    host.copy_into(&mut *tensor).map_err(runtime)?;
+                copies.upload(self.inputs.iter_mut().zip(&mut on_device.inputs))?;
+                for (input, tensor) in graph.inputs.iter().zip(&on_device.inputs) {
                     self.binding
                         .bind_input(&input.name, tensor)
                         .map_err(runtime)?;
@@ -127,41 +130,37 @@ impl Bound {
         &mut self,
         inputs: &[Input],
         batch: WholeBatch<'_>,
+        copies: &mut EngineCopies,
     ) -> Result<(), EngineError> {
-        for (idx, input) in inputs.iter().enumerate() {
+        for (input, tensor) in inputs.iter().zip(&mut self.inputs) {
             // A captured run of another size writes to the memory of its
             // capture, which may have been reused for these inputs since; so
             // all are written again.
             if !input.role.varies() && self.on_device.is_none() {
                 continue;
             }
-            let Some(tensor) = self.inputs.get_mut(idx) else {
-                continue;
-            };
             input.fill(tensor, batch)?;
-            match &mut self.on_device {
-                Some(on_device) => {
-                    if let Some(target) = on_device.inputs.get_mut(idx) {
-                        tensor.copy_into(target).map_err(runtime)?;
-                    }
-                }
-                // Binding copies the tensor to another device.
-                None => self
-                    .binding
+            // Binding copies the tensor to another device.
+            if self.on_device.is_none() {
+                self.binding
                     .bind_input(&input.name, tensor)
-                    .map_err(runtime)?,
+                    .map_err(runtime)?;
+            }
+        }
+        if let Some(on_device) = &mut self.on_device {
+            copies.upload(self.inputs.iter_mut().zip(&mut on_device.inputs))?;
+            // The driver's copies have been waited for.
+            if copies.are_the_drivers() {
+                return Ok(());
             }
         }
         self.binding.synchronize_inputs().map_err(runtime)
     }
 
     /// Returns the output of the last run, in memory that the host can read.
-    pub(super) fn output(&mut self) -> Result<&DynTensor, EngineError> {
-        if let Some(on_device) = &self.on_device {
-            on_device
-                .output
-                .copy_into(&mut self.output)
-                .map_err(runtime)?;
+    pub(super) fn output(&mut self, copies: &mut EngineCopies) -> Result<&DynTensor, EngineError> {
+        if let Some(on_device) = &mut self.on_device {
+            copies.download(&mut on_device.output, &mut self.output)?;
         }
         Ok(&self.output)
     }
