@@ -14,6 +14,7 @@ pub(crate) mod placement;
 pub(crate) mod probe;
 pub(crate) mod python;
 pub(crate) mod roofline;
+pub(crate) mod zeros;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -96,7 +96,7 @@ const NEIGHBORS: [(&str, &[&str]); 5] = [
 const ON_THREADS: [&str; 3] = ["serve/preprocess", "serve/batcher", "serve/engine_thread"];
 
 /// Files that may contain unsafe code, each use with its reason.
-const UNSAFE: [&str; 15] = [
+const UNSAFE: [&str; 16] = [
     "files/scratch",
     "imaging/decode/jpeg/idct/avx2",
     "imaging/resize/avx2",
@@ -110,6 +110,7 @@ const UNSAFE: [&str; 15] = [
     "runtime/arena",
     "runtime/pages",
     "runtime/placement",
+    "runtime/zeros",
     "runtime/operators/quick_gelu",
     "runtime/operators/layers",
 ];

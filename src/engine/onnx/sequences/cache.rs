@@ -190,8 +190,11 @@ impl KvCache {
             TensorElementType::Float16 => {
                 self.fill_as(session, first, n, half::f16::from_f32(number))
             }
+            // Copied as numbers of another type with the same bits, since the
+            // copies of ONNX Runtime do not take this type.
             TensorElementType::Bfloat16 => {
-                self.fill_as(session, first, n, half::bf16::from_f32(number))
+                let bits = half::bf16::from_f32(number).to_bits();
+                self.fill_as(session, first, n, half::f16::from_bits(bits))
             }
             // Bytes of the worker's own format, in which zero alone is known.
             TensorElementType::Uint8 if number == 0.0 => self.fill_as(session, first, n, 0_u8),
@@ -446,3 +449,6 @@ impl<'a> View<'a> {
         binding.bind_output(buffer.present.as_str(), view)
     }
 }
+
+#[cfg(test)]
+mod tests;
