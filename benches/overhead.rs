@@ -27,8 +27,8 @@ use imagegpt::model::graph::{Graph, Want};
 use imagegpt::model::precision::ProviderChoice;
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
-use imagegpt::runtime::GpuAttention;
 use imagegpt::runtime::library::find_library;
+use imagegpt::runtime::{GpuAttention, GpuCopies};
 use imagegpt::serve::config::ServeConfig;
 use imagegpt::serve::engines::onnx_engines;
 use imagegpt::serve::worker::Worker;
@@ -72,6 +72,7 @@ fn main() -> anyhow::Result<()> {
         gpu_memory_limit: None,
         cuda_graphs: false,
         generate_attention: GpuAttention::Auto,
+        gpu_copies: GpuCopies::OnnxRuntime,
         library: find_library(None),
         provider: ProviderChoice::Cpu,
         device_id: 0,

@@ -15,6 +15,7 @@ pub mod doctor;
 pub mod embed;
 mod generate;
 mod input;
+pub mod loss;
 mod neighbors;
 mod output;
 pub mod print;

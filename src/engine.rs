@@ -61,10 +61,12 @@ pub enum FallbackKind {
     Cuda,
     /// CUDA graphs: runs that are captured and then launched as a whole.
     CudaGraphs,
+    /// Copies between the host and a GPU over the driver.
+    GpuCopies,
 }
 
 impl FallbackKind {
-    pub const ALL: [Self; 2] = [Self::Cuda, Self::CudaGraphs];
+    pub const ALL: [Self; 3] = [Self::Cuda, Self::CudaGraphs, Self::GpuCopies];
 
     /// Returns the kind's label in metrics.
     #[must_use]
@@ -72,6 +74,7 @@ impl FallbackKind {
         match self {
             Self::Cuda => "cuda",
             Self::CudaGraphs => "cuda_graphs",
+            Self::GpuCopies => "gpu_copies",
         }
     }
 }

@@ -7,6 +7,7 @@
 //! reports the devices' usage. UUIDs join the two.
 
 pub(crate) mod context;
+pub(crate) mod copies;
 mod driver;
 pub mod kernels;
 mod nvml;

@@ -10,6 +10,7 @@ use imagegpt::commands::cli::{Cli, CliCommand, exit};
 use imagegpt::commands::doctor::{Diagnosis, DoctorArgs};
 use imagegpt::commands::embed::flags::EmbedArgs;
 use imagegpt::commands::embed::{JobEnded, Terminal};
+use imagegpt::commands::loss::exit_code;
 use imagegpt::commands::print::{Printer, Unread};
 use imagegpt::commands::probe::flags::ProbeCommand;
 use imagegpt::commands::serve::{OwnWorker, is_ready, start};
@@ -59,7 +60,7 @@ fn main() {
         }
         Err(error) => {
             telemetry::end(Some(&format!("{error:#}")));
-            exit::USAGE
+            exit_code(&error)
         }
     };
     // Ends the process without the exit handlers of C and C++ libraries: a

@@ -14,6 +14,7 @@ pub(crate) mod placement;
 pub(crate) mod probe;
 pub(crate) mod python;
 pub(crate) mod roofline;
+pub(crate) mod zeros;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -95,6 +96,18 @@ impl GpuAttention {
             Self::Unfused => Some(AttentionBackend::MATH),
         }
     }
+}
+
+/// Program that copies inputs and outputs between the host and a GPU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum GpuCopies {
+    /// ONNX Runtime, one copy of the process at a time.
+    #[default]
+    #[value(name = "onnxruntime")]
+    OnnxRuntime,
+    /// The worker over the NVIDIA driver, each device by itself and through
+    /// pinned memory.
+    Driver,
 }
 
 /// Number of kernels that ran, by execution provider and operator.

@@ -96,7 +96,7 @@ const NEIGHBORS: [(&str, &[&str]); 5] = [
 const ON_THREADS: [&str; 3] = ["serve/preprocess", "serve/batcher", "serve/engine_thread"];
 
 /// Files that may contain unsafe code, each use with its reason.
-const UNSAFE: [&str; 14] = [
+const UNSAFE: [&str; 16] = [
     "files/scratch",
     "imaging/decode/jpeg/idct/avx2",
     "imaging/resize/avx2",
@@ -105,10 +105,12 @@ const UNSAFE: [&str; 14] = [
     "kernels/vector",
     "kernels/whole",
     "gpu",
-    "engine/onnx/sequences",
+    "engine/onnx/copies",
+    "engine/onnx/sequences/cache",
     "runtime/arena",
     "runtime/pages",
     "runtime/placement",
+    "runtime/zeros",
     "runtime/operators/quick_gelu",
     "runtime/operators/layers",
 ];

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::model::ModelError;
 use crate::model::error::ModelFileError;
+use crate::runtime::error::EngineError;
 
 /// Reason why a compilation failed. Every text is one sentence that says what
 /// to change.
@@ -31,6 +32,9 @@ pub enum CompileError {
     /// ONNX Runtime cannot load or run a graph.
     #[error("graph {graph} does not run: {reason}")]
     Runtime { graph: String, reason: String },
+    /// The device is lost, which says nothing about the graph.
+    #[error("graph {graph} could not be tried: {error}")]
+    Device { graph: String, error: EngineError },
     /// A graph's results differ too much from the reference.
     #[error(
         "graph {graph} has a relative error of {error:.2e} against the float64 reference in \
@@ -58,6 +62,21 @@ pub enum CompileError {
 }
 
 impl CompileError {
+    /// Error of a graph's trial run.
+    pub(crate) fn of_run(graph: &str, error: EngineError) -> Self {
+        let graph = graph.to_owned();
+        match error {
+            EngineError::Device(_) => Self::Device { graph, error },
+            EngineError::Runtime(reason) | EngineError::OutOfMemory(reason) => {
+                Self::Runtime { graph, reason }
+            }
+            error => Self::Runtime {
+                graph,
+                reason: error.to_string(),
+            },
+        }
+    }
+
     pub(crate) fn read(path: &Path, error: &std::io::Error) -> Self {
         ModelFileError::read(path, error).into()
     }

@@ -10,7 +10,7 @@ mod generate;
 
 use std::path::{Path, PathBuf};
 
-use ort::session::SessionInputValue;
+use ort::session::{Session, SessionInputValue};
 use ort::value::Tensor;
 
 use super::error::CompileError;
@@ -22,6 +22,7 @@ use crate::model::graph::{Graph, Norm};
 use crate::model::manifest::GraphFacts;
 use crate::model::onnx::ModelProto;
 use crate::model::precision::{CompileTask, Provider};
+use crate::runtime::failure::{Failures, leak_if_lost};
 use crate::runtime::{Operators, Residence, Runtime, what_ran};
 
 /// Number of sequences in the trial: two show that rows do not mix.
@@ -145,10 +146,8 @@ impl Trial {
         file: &Path,
         runtime: &Runtime,
     ) -> Result<(Nearness, Operators), CompileError> {
-        let failed = |reason: String| CompileError::Runtime {
-            graph: kind.file_stem().to_owned(),
-            reason,
-        };
+        let failures = Failures::of(runtime);
+        let failed = |error| CompileError::of_run(kind.file_stem(), error);
         let profile: PathBuf = file.with_extension("profile");
         // Generation is served with packed weights, so it is verified with
         // them.
@@ -163,26 +162,18 @@ impl Trial {
         };
         let mut session = served
             .open(file, Some(&profile))
-            .map_err(|error| failed(error.to_string()))?;
-        let nearness = if kind == Graph::Generate {
-            generate::nearness(self, &mut session, plan, runtime.provider)
-                .map_err(|error| failed(error.to_string()))?
-        } else {
-            let inputs = self
-                .inputs(kind)
-                .map_err(|error| failed(error.to_string()))?;
-            let outputs = session
-                .run(inputs)
-                .map_err(|error| failed(error.to_string()))?;
-            let (shape, values) = outputs
-                .get(kind.output_name())
-                .ok_or_else(|| failed("the run returned no output".to_owned()))?
-                .try_extract_tensor::<f32>()
-                .map_err(|error| failed(error.to_string()))?;
-            let width = shape.last().and_then(|size| usize::try_from(*size).ok());
-            self.nearness(kind, values, width.unwrap_or(1))
+            .map_err(|error| failed(failures.run(error)))?;
+        let outcome = self
+            .compare(kind, plan, &mut session, runtime.provider)
+            .and_then(|nearness| Ok((nearness, what_ran(&mut session)?)))
+            .map_err(|reason| failures.run(reason));
+        let (nearness, operators) = match outcome {
+            Ok(found) => found,
+            Err(error) => {
+                leak_if_lost(session, &error);
+                return Err(failed(error));
+            }
         };
-        let operators = what_ran(&mut session).map_err(failed)?;
         let tolerance = plan.precision.tolerance();
         for (idx, error) in nearness.errors.iter().enumerate() {
             // A NaN exceeds the tolerance, too.
@@ -206,6 +197,30 @@ impl Trial {
             check_fused(kind, model, &operators, runtime.provider)?;
         }
         Ok((nearness, operators))
+    }
+
+    /// Runs a graph and compares its results with the reference. What the run
+    /// has used beside the session is given back to the session's own memory,
+    /// which takes no call of CUDA.
+    fn compare(
+        &self,
+        kind: Graph,
+        plan: &GraphPlan<'_>,
+        session: &mut Session,
+        provider: Provider,
+    ) -> Result<Nearness, String> {
+        let text = |error: ort::Error| error.to_string();
+        if kind == Graph::Generate {
+            return generate::nearness(self, session, plan, provider).map_err(text);
+        }
+        let inputs = self.inputs(kind).map_err(text)?;
+        let outputs = session.run(inputs).map_err(text)?;
+        let output = outputs
+            .get(kind.output_name())
+            .ok_or("the run returned no output")?;
+        let (shape, values) = output.try_extract_tensor::<f32>().map_err(text)?;
+        let width = shape.last().and_then(|size| usize::try_from(*size).ok());
+        Ok(self.nearness(kind, values, width.unwrap_or(1)))
     }
 
     fn inputs(&self, kind: Graph) -> ort::Result<Vec<(&'static str, SessionInputValue<'static>)>> {
@@ -386,3 +401,6 @@ impl Random {
         usize::try_from(mixed % end as u64).unwrap_or(0)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,7 @@ use crate::model::onnx::{
 };
 use crate::runtime::Runtime;
 use crate::runtime::error::{EngineError, cannot_be_had};
-use crate::runtime::failure::leak_if_lost;
+use crate::runtime::failure::{Failures, leak_if_lost};
 
 /// Runs a tiny graph on the provider. A provider that registers may still have
 /// no device, which only a session notices.
@@ -53,6 +53,9 @@ pub fn probe(runtime: &Runtime) -> Result<(), EngineError> {
         .map_err(refused)?;
     let outcome = Tensor::from_array(([1], vec![1.0_f32]))
         .and_then(|x| session.run(ort::inputs!["x" => x]).map(drop))
-        .map_err(refused);
+        .map_err(|error| match Failures::of(runtime).run(&error) {
+            lost @ EngineError::Device(_) => lost,
+            _ => refused(error),
+        });
     outcome.inspect_err(|error| leak_if_lost(session, error))
 }

@@ -12,11 +12,13 @@ use std::time::{Duration, Instant};
 
 use half::{bf16, f16};
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::builder::SessionBuilder;
 use ort::session::{IoBinding, Session};
 use ort::value::{DynTensor, Tensor};
 use prost::Message as _;
 
 use super::error::EngineError;
+use super::failure::{Failures, leak_if_lost};
 use super::{Residence, Runtime};
 use crate::model::onnx::{
     DataType, Dim, GraphProto, IR_VERSION, ModelProto, NodeProto, OPSET, OperatorSet,
@@ -63,6 +65,7 @@ pub(crate) struct Roofline {
     binding: IoBinding,
     session: Session,
     n_products: usize,
+    failures: Failures,
 }
 
 impl Roofline {
@@ -90,8 +93,11 @@ impl Roofline {
         };
         let factor = numbers(side);
         let model = chain(side, n_products, data_type, &factor).encode_to_vec();
-        let open = || -> ort::Result<(Session, IoBinding)> {
-            let session = runtime.builder()?.commit_from_memory(&model)?;
+        let failures = Failures::of(&runtime);
+        let open = |mut builder: SessionBuilder| builder.commit_from_memory(&model);
+        let session = runtime.builder().and_then(open);
+        let session = session.map_err(|error| failures.run(&error))?;
+        let bind = || -> ort::Result<IoBinding> {
             let mut binding = session.create_binding()?;
             // Copied to the device now, not in every run.
             binding.bind_input("x", &tensor(side, data_type, factor)?)?;
@@ -106,20 +112,31 @@ impl Roofline {
                 MemoryType::Default,
             )?;
             binding.bind_output_to_device("y", &memory)?;
-            Ok((session, binding))
+            Ok(binding)
         };
-        let (session, binding) = open().map_err(runtime_error)?;
+        let binding = match bind() {
+            Ok(binding) => binding,
+            Err(error) => {
+                let error = failures.run(error);
+                leak_if_lost(session, &error);
+                return Err(error);
+            }
+        };
         let mut roofline = Self {
             side,
             precision,
             binding,
             session,
             n_products,
+            failures,
         };
-        for _ in 0..2 {
-            roofline.run()?;
+        match roofline.run().and_then(|_| roofline.run()) {
+            Ok(_) => Ok(roofline),
+            Err(error) => {
+                leak_if_lost(roofline, &error);
+                Err(error)
+            }
         }
-        Ok(roofline)
     }
 
     /// Returns the number of multiplications and additions of one run.
@@ -138,7 +155,7 @@ impl Roofline {
         // The call returns when the device has finished.
         self.session
             .run_binding(&self.binding)
-            .map_err(|error| EngineError::Runtime(error.to_string()))?;
+            .map_err(|error| self.failures.run(error))?;
         Ok(started.elapsed())
     }
 }

@@ -28,7 +28,7 @@ pub(crate) use self::access::ANY_ORIGIN;
 pub(crate) use self::runtime::device_id;
 
 pub use self::access::{AccessConfig, ConnectionsConfig};
-pub use self::runtime::{CacheFlags, DeviceFlags, LibraryFlags, ProviderFlags};
+pub use self::runtime::{CacheFlags, DeviceFlags, GpuCopiesFlags, LibraryFlags, ProviderFlags};
 pub use self::trace::TraceConfig;
 
 /// Serve a model over gRPC.
@@ -140,6 +140,9 @@ pub struct ModelConfig {
     /// runs to its end
     #[arg(long, env = "IMAGEGPT_CUDA_GRAPHS", value_enum, default_value = "auto")]
     pub cuda_graphs: CudaGraphs,
+
+    #[command(flatten)]
+    pub copies: GpuCopiesFlags,
 
     /// Threads of one model run on the CPU; 0 uses one thread per physical
     /// core, within the container's CPU quota. Lower the number when several workers share a machine, or when a

@@ -28,7 +28,8 @@ pub enum WorkerState {
 }
 
 /// Reason why a worker cannot go on.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
 pub struct WorkerFailure {
     pub kind: FailureKind,
     pub reason: String,

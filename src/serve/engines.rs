@@ -133,6 +133,7 @@ fn onnx_options(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> on
             .filter(|&limit| limit > 0),
         cuda_graphs: config.model.cuda_graphs == CudaGraphs::Auto,
         generate_attention: config.generation.generate_attention.into(),
+        gpu_copies: config.model.copies.gpu_copies,
     }
 }
 

@@ -21,7 +21,6 @@ use crate::gpu;
 use crate::imaging::{ImageLimits, Palette, Preprocessor};
 use crate::model::Model;
 use crate::model::head::LinearHead;
-use crate::runtime::error::EngineError;
 use crate::serve::admission::{Admission, Capacity, Occupancy};
 use crate::serve::batcher::Batcher;
 use crate::serve::batcher::policy::Policy;
@@ -29,7 +28,7 @@ use crate::serve::cache::AnswerCache;
 use crate::serve::capacity::DrainRate;
 use crate::serve::config::{LimitsConfig, ServeConfig};
 use crate::serve::devices::{
-    DeviceEngine, DeviceIdx, DeviceReports, DeviceStates, WorkerFailure, WorkerState,
+    DeviceEngine, DeviceIdx, DeviceReports, DeviceStates, FailureKind, WorkerFailure, WorkerState,
 };
 use crate::serve::engine_thread::Runner;
 use crate::serve::engines::to_usize;
@@ -330,7 +329,7 @@ impl Worker {
     /// # Errors
     ///
     /// Returns the reason why the model could not be loaded.
-    pub async fn ready(&mut self) -> Result<EngineFacts, EngineError> {
+    pub async fn ready(&mut self) -> Result<EngineFacts, WorkerFailure> {
         let state = self
             .devices
             .wait_for(|devices| !matches!(devices.state(), WorkerState::Loading))
@@ -338,10 +337,11 @@ impl Worker {
             .map(|devices| devices.state());
         match state {
             Ok(WorkerState::Ready(facts)) => Ok(facts),
-            Ok(WorkerState::Failed(failure)) => Err(EngineError::NotLoaded(failure.reason)),
-            Ok(WorkerState::Loading | WorkerState::Stopped) | Err(_) => {
-                Err(EngineError::NotLoaded("the engine ended".to_owned()))
-            }
+            Ok(WorkerState::Failed(failure)) => Err(failure),
+            Ok(WorkerState::Loading | WorkerState::Stopped) | Err(_) => Err(WorkerFailure {
+                kind: FailureKind::Worker,
+                reason: "the engine ended".to_owned(),
+            }),
         }
     }
 

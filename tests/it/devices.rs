@@ -280,10 +280,36 @@ async fn a_drain_answers_what_every_device_has() {
     assert_eq!(ended, imagegpt::serve::worker::WorkerEnded::Clean);
 }
 
-fn fails_to_load() -> DeviceEngine {
+fn fails_to_load(error: EngineError) -> DeviceEngine {
     DeviceEngine {
         id: 7,
-        factory: Box::new(|| Err(EngineError::NotLoaded("no such device".to_owned()))),
+        factory: Box::new(|| Err(error)),
+    }
+}
+
+#[tokio::test]
+async fn a_device_that_is_lost_while_it_loads_is_told_from_a_wrong_model() {
+    let dir = model_dir("micro");
+    let config = harness::config(&dir, &[]);
+    for (error, kind) in [
+        (
+            EngineError::NotLoaded("no head".to_owned()),
+            FailureKind::Worker,
+        ),
+        (
+            EngineError::Device("error 700".to_owned()),
+            FailureKind::Device,
+        ),
+    ] {
+        let expected = error.to_string();
+        let engines = vec![fails_to_load(error)];
+        let model = Model::open(&dir, None).expect("a model");
+        let worker = Worker::start(&config, model, Vec::new(), engines).await;
+        let mut worker = worker.expect("a worker");
+        let failure = worker.ready().await.expect_err("it does not load");
+        assert_eq!(failure.kind, kind);
+        assert_eq!(failure.to_string(), expected);
+        worker.shutdown(harness::PATIENCE).await;
     }
 }
 
@@ -313,7 +339,9 @@ async fn a_worker_starts_with_all_of_its_devices_or_not_at_all() {
     worker.shutdown(harness::PATIENCE).await;
 
     let mut engines = harness::one(harness::fake_factory(Script::default()));
-    engines.push(fails_to_load());
+    engines.push(fails_to_load(EngineError::NotLoaded(
+        "no such device".to_owned(),
+    )));
     let model = Model::open(&dir, None).expect("a model");
     let worker = Worker::start(&config, model, Vec::new(), engines).await;
     let mut worker = worker.expect("a worker");

@@ -17,9 +17,9 @@ use imagegpt::model::head::LinearHead;
 use imagegpt::model::precision::ProviderChoice;
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
-use imagegpt::runtime::GpuAttention;
 use imagegpt::runtime::error::EngineError;
 use imagegpt::runtime::library::find_library;
+use imagegpt::runtime::{GpuAttention, GpuCopies};
 use imagegpt::serve::config::ServeConfig;
 use imagegpt::serve::devices::DeviceEngine;
 use imagegpt::serve::engines::onnx_engines;
@@ -180,6 +180,7 @@ pub(crate) fn onnx_options(model: Model) -> OnnxOptions {
         gpu_memory_limit: None,
         cuda_graphs: false,
         generate_attention: GpuAttention::Auto,
+        gpu_copies: GpuCopies::OnnxRuntime,
     }
 }
 

@@ -157,23 +157,33 @@ impl std::io::Write for Log {
 }
 
 #[tokio::test]
-async fn a_refused_capture_is_told_to_clients_and_to_prometheus() {
+async fn what_a_gpu_does_without_is_told_to_clients_and_to_prometheus() {
     let factory = harness::altered(Script::default(), |engine| {
-        let refused = Fallback {
-            kind: FallbackKind::CudaGraphs,
-            reason: "graph hidden: capture was refused".to_owned(),
-        };
-        engine.facts.fallbacks = vec![refused];
+        let refused = [
+            (
+                FallbackKind::CudaGraphs,
+                "graph hidden: capture was refused",
+            ),
+            (FallbackKind::GpuCopies, "memory cannot be pinned"),
+        ];
+        let refused = refused.map(|(kind, reason)| Fallback {
+            kind,
+            reason: reason.to_owned(),
+        });
+        engine.facts.fallbacks = refused.into();
     });
     let mut running = harness::start(&harness::model_dir("micro"), &[], Some(factory)).await;
     let model = running.client.get_model(pb::GetModelRequest {}).await;
-    let [fallback] = &model.expect("an answer").into_inner().fallbacks[..] else {
-        panic!("one fallback");
+    let [graphs, copies] = &model.expect("an answer").into_inner().fallbacks[..] else {
+        panic!("two fallbacks");
     };
-    assert_eq!(fallback.kind, "cuda_graphs");
-    assert_eq!(fallback.reason, "graph hidden: capture was refused");
+    assert_eq!(graphs.kind, "cuda_graphs");
+    assert_eq!(graphs.reason, "graph hidden: capture was refused");
+    assert_eq!(copies.kind, "gpu_copies");
+    assert_eq!(copies.reason, "memory cannot be pinned");
     let sample = |kind| format!("imagegpt_engine_fallback{{kind=\"{kind}\"}}");
     told(&running, &sample("cuda_graphs")).await;
+    told(&running, &sample("gpu_copies")).await;
     assert_eq!(running.sample(&sample("cuda")).await, 0.0);
     running.end().await;
 }

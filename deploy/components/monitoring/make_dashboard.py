@@ -119,8 +119,8 @@ ROWS = {
          [(gauge("imagegpt_device_up", "pod"), "{{pod}}")]),
         ("Images per second of a busy engine", "As measured by the workers.", "ops",
          [(gauge("imagegpt_drain_rate_images_per_second", "pod"), "{{pod}}")]),
-        ("Fallbacks", "cuda: auto chose the CPU; cuda_graphs: kernels are launched one by one. "
-         "GetModel gives the reason.", "short",
+        ("Fallbacks", "cuda: auto chose the CPU; cuda_graphs: kernels are launched one by one; "
+         "gpu_copies: ONNX Runtime copies. GetModel gives the reason.", "short",
          [(f"max by (pod, kind) (imagegpt_engine_fallback{{{WORKER}}}) > 0", "{{pod}} {{kind}}")]),
         ("Faults", "", "ops",
          [(total("imagegpt_engine_faults_total", "kind"), "{{kind}}"),

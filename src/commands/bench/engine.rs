@@ -23,12 +23,13 @@ use serde_json::{Map, json};
 
 use self::cache::NanCache;
 use self::flop::ImageWork;
-use self::nearness::BenchNearness;
+use self::nearness::{BenchNearness, Reference};
 use super::flags::Flags;
 use super::random::SplitMix64;
 use super::stats::as_f64;
 use super::{machine, progress};
 use crate::commands::compile::Bars;
+use crate::commands::loss::free_unless_lost;
 use crate::commands::serve::locate;
 use crate::engine::{BatchRow, Engine, GraphRun, RunStop, SlotFeed, SlotFeedRow, onnx};
 use crate::kernels::attention::SharedPrefix;
@@ -114,7 +115,6 @@ struct Findings {
 /// When the model cannot be loaded or run.
 pub(super) fn run(flags: &Flags, args: &EngineArgs, out: &mut impl Write) -> anyhow::Result<()> {
     args.validate()?;
-    let work_of = |loaded: &Loaded| ImageWork::of(&loaded.folder, &loaded.model);
     // The reference is loaded and dropped before the model is loaded: a device
     // may not have room for both.
     let reference = match &args.reference {
@@ -123,13 +123,27 @@ pub(super) fn run(flags: &Flags, args: &EngineArgs, out: &mut impl Write) -> any
     };
     progress::note("loading and warming up");
     let mut loaded = load(args, &args.model)?;
-    let work = work_of(&loaded);
-    report::header(&loaded, &machine(), out)?;
+    let outcome = report(flags, args, &mut loaded, reference.as_ref(), out);
+    free_unless_lost(loaded, outcome)
+}
+
+/// Measures the model and reports what was found.
+fn report(
+    flags: &Flags,
+    args: &EngineArgs,
+    loaded: &mut Loaded,
+    reference: Option<&Reference>,
+    out: &mut impl Write,
+) -> anyhow::Result<()> {
+    let work = ImageWork::of(&loaded.folder, &loaded.model);
+    report::header(loaded, &machine(), out)?;
     let nearness = match reference {
-        Some(reference) => nearness::compare(&mut loaded, &reference)?,
+        Some(reference) => nearness::compare(loaded, reference)?,
         None => Vec::new(),
     };
-    let findings = measure(flags, args, &mut loaded, &work, nearness)?;
+    let mut product = ceiling(loaded)?;
+    let findings = measure(flags, args, loaded, &mut product, &work, nearness);
+    let findings = free_unless_lost(product, findings)?;
     report::table(&findings, out)?;
     if let Some(path) = &flags.json {
         let text = serde_json::to_string_pretty(&json!({
@@ -139,7 +153,7 @@ pub(super) fn run(flags: &Flags, args: &EngineArgs, out: &mut impl Write) -> any
             "command_line": std::env::args().collect::<Vec<_>>(),
             "rounds": args.rounds,
             "seed": flags.seed,
-            "model": model_row(&loaded),
+            "model": model_row(loaded),
             "findings": findings,
         }))?;
         std::fs::write(path, text + "\n")
@@ -207,10 +221,10 @@ fn measure(
     flags: &Flags,
     args: &EngineArgs,
     loaded: &mut Loaded,
+    product: &mut Roofline,
     work: &ImageWork,
     nearness: Vec<BenchNearness>,
 ) -> anyhow::Result<Findings> {
-    let mut product = ceiling(loaded)?;
     let tokens = tokens(
         &loaded.model,
         loaded.config.batching.buckets().largest(),

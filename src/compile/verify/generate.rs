@@ -12,6 +12,7 @@ use crate::kernels::attention::BLOCK;
 use crate::model::graph::PREFIXES;
 use crate::model::onnx::DataType;
 use crate::model::precision::Provider;
+use crate::runtime::zeros;
 
 /// Number of tokens by which the second sequence lags behind the first.
 const LAG: usize = 3;
@@ -89,6 +90,9 @@ fn bind_cache(
     for idx in 0..architecture.n_layers {
         for part in ["key", "value"] {
             let mut tensor = DynTensor::new(&allocator, element, shape)?;
+            // Kernels may multiply what follows a sequence's end by zero, which
+            // gives NaN if it is NaN.
+            zeros::clear(&mut tensor)?;
             binding.bind_input(format!("past_{part}.{idx}"), &tensor)?;
             binding.bind_output(format!("{part}.{idx}"), &mut tensor)?;
             cache.push(tensor);

@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::ConfigError;
 use crate::model::precision::ProviderChoice;
+use crate::runtime::GpuCopies;
 
 /// Largest number of devices of a worker: the GPUs of the largest machines.
 /// Each device costs a thread and a copy of the model.
@@ -61,6 +62,23 @@ pub struct DeviceFlags {
         value_parser = device_id()
     )]
     pub ids: Vec<i32>,
+}
+
+/// Program that copies between the host and a GPU.
+#[derive(Debug, Clone, Args)]
+pub struct GpuCopiesFlags {
+    /// Program that copies inputs and outputs between the host and a GPU. driver
+    /// takes no lock that other GPUs of the worker share, and two buffers of
+    /// pinned memory per GPU, of at most 256 MiB each; if the driver refuses, ONNX
+    /// Runtime copies, which the log, GetModel and a metric report. driver has
+    /// not run on a GPU yet, and its speed has not been measured
+    #[arg(
+        long,
+        env = "IMAGEGPT_GPU_COPIES",
+        value_enum,
+        default_value = "onnxruntime"
+    )]
+    pub gpu_copies: GpuCopies,
 }
 
 /// Location of compiled models.

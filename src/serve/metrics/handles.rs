@@ -182,8 +182,8 @@ impl EngineHandles {
             ),
             engine_fallback: metrics.gauges(
                 "imagegpt_engine_fallback",
-                "1 if the engine runs without CUDA (cuda) or CUDA graphs (cuda_graphs) because \
-                 they could not be used, else 0.",
+                "1 if the engine runs without CUDA (cuda), CUDA graphs (cuda_graphs) or copies \
+                 over the driver (gpu_copies) because they could not be used, else 0.",
             ),
             engine_faults: metrics.counters(
                 "imagegpt_engine_faults_total",

@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use clap::Args;
 
+use crate::commands::output::value_name;
 use crate::commands::serve::{MoreServeFlags, own_config};
 use crate::model::Model;
 use crate::model::graph::Graph;
 use crate::serve::config::bounds::{DAY, bounded_time};
-use crate::serve::config::{LibraryFlags, ProviderFlags, ServeConfig, device_id};
+use crate::serve::config::{GpuCopiesFlags, LibraryFlags, ProviderFlags, ServeConfig, device_id};
 
 #[derive(Debug, Clone, Args)]
 pub struct EngineArgs {
@@ -23,6 +24,9 @@ pub struct EngineArgs {
     /// Number of the GPU to use, counted from 0
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = device_id())]
     pub device_id: i32,
+
+    #[command(flatten)]
+    pub copies: GpuCopiesFlags,
 
     #[command(flatten)]
     pub library: LibraryFlags,
@@ -138,10 +142,9 @@ impl EngineArgs {
     /// Flags of a worker that would run the same graphs.
     pub(super) fn serve_config(&self, model: &str) -> anyhow::Result<ServeConfig> {
         let sizes: Vec<String> = self.batch_sizes.iter().map(u16::to_string).collect();
-        let provider = clap::ValueEnum::to_possible_value(&self.provider.execution_provider);
         let mut flags = vec![
             "--execution-provider".to_owned(),
-            provider.map_or_else(String::new, |value| value.get_name().to_owned()),
+            value_name(&self.provider.execution_provider),
             "--device-id".to_owned(),
             self.device_id.to_string(),
             "--batch-sizes".to_owned(),
@@ -150,6 +153,8 @@ impl EngineArgs {
             sizes.last().cloned().unwrap_or_default(),
             "--generate-slots".to_owned(),
             self.generate_slots.to_string(),
+            "--gpu-copies".to_owned(),
+            value_name(&self.copies.gpu_copies),
         ];
         if let Some(library) = &self.library.onnxruntime {
             flags.extend([
@@ -174,5 +179,40 @@ impl EngineArgs {
             self.graphs.join(", ")
         );
         self.check_steps(model.graphs.keys().map(|graph| graph.label()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::runtime::GpuCopies;
+
+    #[derive(clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: EngineArgs,
+    }
+
+    fn copies(flags: &[&str]) -> GpuCopies {
+        let flags = ["engine", "--model", "m"].iter().chain(flags);
+        let args = Cli::try_parse_from(flags).unwrap().args;
+        args.serve_config("m").unwrap().model.copies.gpu_copies
+    }
+
+    #[test]
+    fn the_engine_copies_as_the_flag_says_unless_serve_says_otherwise() {
+        assert_eq!(copies(&[]), GpuCopies::OnnxRuntime);
+        assert_eq!(copies(&["--gpu-copies", "driver"]), GpuCopies::Driver);
+        let of_serve = ["--serve", "--gpu-copies driver"];
+        assert_eq!(copies(&of_serve), GpuCopies::Driver);
+        let both = [
+            "--gpu-copies",
+            "driver",
+            "--serve",
+            "--gpu-copies onnxruntime",
+        ];
+        assert_eq!(copies(&both), GpuCopies::OnnxRuntime);
     }
 }

@@ -4,6 +4,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use super::{EngineArgs, Loaded, load, manifest, tokens, want};
+use crate::commands::loss::free_unless_lost;
 use crate::engine::{BatchRow, GraphRun, RunStop};
 use crate::model::graph::Graph;
 
@@ -37,16 +38,21 @@ pub(super) fn answers(args: &EngineArgs, reference: &str, seed: u64) -> anyhow::
         ..args.clone()
     };
     let mut loaded = load(&own, reference).context("--reference")?;
+    let outcome = answers_of(&mut loaded, seed);
+    free_unless_lost(loaded, outcome)
+}
+
+fn answers_of(loaded: &mut Loaded, seed: u64) -> anyhow::Result<Reference> {
     let tokens = tokens(&loaded.model, N_IMAGES, seed);
     let graphs: Vec<Graph> = loaded.model.graphs.keys().copied().collect();
     let mut answers = Vec::new();
     for graph in graphs {
         if graph != Graph::Generate {
-            answers.push((graph, ask(&mut loaded, graph, &tokens)?));
+            answers.push((graph, ask(loaded, graph, &tokens)?));
         }
     }
     Ok(Reference {
-        sha256: weights(&loaded).context("--reference")?,
+        sha256: weights(loaded).context("--reference")?,
         tokens,
         answers,
     })

@@ -1,8 +1,11 @@
 //! Tests, on a CPU, of the step of one size that a GPU uses: it must draw the
 //! same as steps of several sizes.
 
+use super::super::copies::tests::over;
+use super::cache::{Buffer, Place};
 use super::*;
 use crate::compile::{CompileOptions, ModelSource, Silent};
+use crate::gpu::copies::tests::FakeDriver;
 use crate::model::GraphFiles;
 use crate::model::precision::{CompileTask, Provider};
 use crate::runtime::library::{environment, find_library};
@@ -14,6 +17,10 @@ const SLOTS: usize = 3;
 /// Loads the model's sequences; with `one_size`, steps run as if they were
 /// captured.
 fn sequences(folder: &Path, one_size: bool) -> SequenceEngine {
+    sequences_with(&mut by_runtime(), folder, one_size)
+}
+
+fn sequences_with(copies: &mut EngineCopies, folder: &Path, one_size: bool) -> SequenceEngine {
     let environment = environment(&find_library(None)).expect("make setup has brought it");
     // ONNX Runtime's attention, as on a GPU.
     let runtime = Runtime {
@@ -22,7 +29,11 @@ fn sequences(folder: &Path, one_size: bool) -> SequenceEngine {
         cuda_graphs: one_size,
         ..Runtime::new(environment, Provider::Cpu).expect("a runtime")
     };
-    load(folder, &runtime)
+    load(folder, &runtime, copies)
+}
+
+fn by_runtime() -> EngineCopies {
+    EngineCopies::by_runtime()
 }
 
 /// Loads a model's sequences with the worker's own operators.
@@ -33,10 +44,10 @@ fn with_own_operators() -> SequenceEngine {
         n_threads: 2,
         ..Runtime::new(environment, Provider::Cpu).expect("a runtime")
     };
-    load(&folder.path().join("model"), &runtime)
+    load(&folder.path().join("model"), &runtime, &mut by_runtime())
 }
 
-fn load(folder: &Path, runtime: &Runtime) -> SequenceEngine {
+fn load(folder: &Path, runtime: &Runtime, copies: &mut EngineCopies) -> SequenceEngine {
     let path = folder.join("generate.onnx");
     if !path.exists() {
         let options = CompileOptions {
@@ -58,8 +69,8 @@ fn load(folder: &Path, runtime: &Runtime) -> SequenceEngine {
     let mut loader = Loader::new(files, std::iter::once(&path)).expect("files");
     let engine = SequenceEngine::open(runtime, &mut loader, &path, options);
     let mut engine = engine.expect("sequences");
-    engine.prepare().expect("a key/value cache");
-    engine.warm_up().expect("a warm engine");
+    engine.prepare(copies).expect("a key/value cache");
+    engine.warm_up(copies).expect("a warm engine");
     engine
 }
 
@@ -74,7 +85,7 @@ fn prime(engine: &mut SequenceEngine, slot: usize, n_tokens: u16) -> usize {
         }],
         prefixes: &[],
     };
-    let primed = engine.feed(&feed, &mut Vec::new(), &mut None);
+    let primed = engine.feed(&feed, &mut by_runtime(), &mut Vec::new(), &mut None);
     primed.expect("a primer");
     tokens.len()
 }
@@ -83,6 +94,7 @@ fn prime(engine: &mut SequenceEngine, slot: usize, n_tokens: u16) -> usize {
 /// slot.
 fn steps(
     engine: &mut SequenceEngine,
+    copies: &mut EngineCopies,
     n_steps: u16,
     pasts: [usize; SLOTS],
     prefixes: &[SharedPrefix],
@@ -104,7 +116,7 @@ fn steps(
             rows: &rows,
             prefixes,
         };
-        engine.feed(&feed, &mut of_run, &mut None)?;
+        engine.feed(&feed, copies, &mut of_run, &mut None)?;
         assert_eq!(of_run.len(), SLOTS * COLORS);
         all.extend_from_slice(&of_run);
     }
@@ -113,8 +125,12 @@ fn steps(
 
 /// Returns the logits of some steps after a primer in one slot.
 fn logits(engine: &mut SequenceEngine) -> Vec<f32> {
+    logits_with(&mut by_runtime(), engine)
+}
+
+fn logits_with(copies: &mut EngineCopies, engine: &mut SequenceEngine) -> Vec<f32> {
     let n_primer = prime(engine, 1, 20);
-    steps(engine, 6, [0, n_primer, 0], &[]).expect("steps")
+    steps(engine, copies, 6, [0, n_primer, 0], &[]).expect("steps")
 }
 
 #[test]
@@ -144,7 +160,15 @@ fn a_shared_prefix_changes_no_bit() {
     for slot in 1..SLOTS {
         assert!(engine.copy_slot(0, slot, n_primer));
     }
-    let mut drawn = |prefixes: &[SharedPrefix]| steps(&mut engine, 20, [n_primer; SLOTS], prefixes);
+    let mut drawn = |prefixes: &[SharedPrefix]| {
+        steps(
+            &mut engine,
+            &mut by_runtime(),
+            20,
+            [n_primer; SLOTS],
+            prefixes,
+        )
+    };
     let apart = drawn(&[]).expect("steps");
     let shared = |len| [SharedPrefix { of: 0, len }; SLOTS];
     let alike = drawn(&shared(n_primer)).expect("steps");
@@ -160,7 +184,7 @@ fn a_shared_prefix_changes_no_bit() {
 fn a_step_of_one_row_changes_no_bit() {
     let mut engine = with_own_operators();
     assert_eq!(engine.facts.rows_min, 1);
-    let beside = steps(&mut engine, 20, [0; SLOTS], &[]).expect("steps");
+    let beside = steps(&mut engine, &mut by_runtime(), 20, [0; SLOTS], &[]).expect("steps");
     let mut of_run = Vec::new();
     for (step, beside) in (0..20).zip(beside.chunks_exact(SLOTS * COLORS)) {
         let row = SlotFeedRow {
@@ -172,7 +196,7 @@ fn a_step_of_one_row_changes_no_bit() {
             rows: &[row],
             prefixes: &[],
         };
-        let alone = engine.feed(&feed, &mut of_run, &mut None);
+        let alone = engine.feed(&feed, &mut by_runtime(), &mut of_run, &mut None);
         alone.expect("a step");
         assert!(of_run == beside[..COLORS], "step {step}");
     }
@@ -195,6 +219,18 @@ fn a_gpus_cache_is_clean_and_takes_primers_in_pieces() {
     memory_is_zero_before_the_first_sequence(&folder);
     a_slot_that_is_cleared_has_zeros_and_the_others_keep_theirs(&folder);
     a_primer_in_pieces_is_the_same_primer(&folder);
+    a_step_over_the_driver_changes_no_bit(&folder);
+}
+
+fn a_step_over_the_driver_changes_no_bit(folder: &Path) {
+    let driver = FakeDriver::new();
+    let mut copies = over(&driver);
+    let mut other = sequences_with(&mut copies, folder, true);
+    assert_eq!(copies.refusal(), None);
+    let warm = driver.count("downloads");
+    let got = logits_with(&mut copies, &mut other);
+    assert!(driver.count("downloads") > warm);
+    assert!(got == logits(&mut sequences(folder, true)));
 }
 
 fn a_slot_that_is_cleared_has_zeros_and_the_others_keep_theirs(folder: &Path) {
@@ -202,12 +238,12 @@ fn a_slot_that_is_cleared_has_zeros_and_the_others_keep_theirs(folder: &Path) {
         let mut engine = sequences(folder, one_size);
         let expected = logits(&mut engine);
         engine.fill_slots(0, SLOTS, f32::NAN).expect("all slots");
-        for buffer in &mut engine.buffers {
+        for buffer in &mut engine.cache.buffers {
             assert!(numbers(buffer).iter().all(|number| number.is_nan()));
         }
         engine.fill_slots(1, 1, 0.0).expect("a slot");
-        let slot_len = engine.slot.iter().product::<usize>();
-        for buffer in &mut engine.buffers {
+        let slot_len = engine.cache.layout.slot.iter().product::<usize>();
+        for buffer in &mut engine.cache.buffers {
             let slots: Vec<&[f32]> = numbers(buffer).chunks_exact(slot_len).collect();
             assert_eq!(slots.len(), SLOTS);
             assert!(slots[1].iter().all(|&number| number == 0.0), "{one_size}");
@@ -218,7 +254,7 @@ fn a_slot_that_is_cleared_has_zeros_and_the_others_keep_theirs(folder: &Path) {
             );
         }
         engine.fill_slots(0, SLOTS, 0.0).expect("all slots");
-        for buffer in &mut engine.buffers {
+        for buffer in &mut engine.cache.buffers {
             assert!(numbers(buffer).iter().all(|&number| number == 0.0));
         }
         assert!(logits(&mut engine) == expected, "{one_size}");
@@ -234,8 +270,8 @@ fn a_slot_that_is_cleared_has_zeros_and_the_others_keep_theirs(folder: &Path) {
 fn memory_is_zero_before_the_first_sequence(folder: &Path) {
     let mut engine = sequences(folder, true);
     // Positions that the warm-up has not written.
-    let [_, positions, position_len] = engine.slot;
-    for buffer in &mut engine.buffers {
+    let [_, positions, position_len] = engine.cache.layout.slot;
+    for buffer in &mut engine.cache.buffers {
         for head in numbers(buffer).chunks_exact(positions * position_len) {
             let rest = &head[positions / 2 * position_len..];
             assert!(rest.iter().all(|&number| number == 0.0));
@@ -259,7 +295,7 @@ fn a_primer_in_pieces_is_the_same_primer(folder: &Path) {
             prefixes: &[],
         };
         let mut logits = Vec::new();
-        let fed = engine.feed(&feed, &mut logits, &mut None);
+        let fed = engine.feed(&feed, &mut by_runtime(), &mut logits, &mut None);
         fed.expect("a piece");
         logits
     };

@@ -1,9 +1,13 @@
 //! Tests, on a CPU, of the code that GPUs share: buffers that are bound once,
 //! also those of captured runs.
 
+use super::super::copies::tests::over;
+use super::inputs::InputNumber;
 use super::*;
+use crate::gpu::copies::tests::FakeDriver;
 use crate::model::GraphFiles;
 use crate::model::graph::Want;
+use crate::model::precision::Provider;
 use crate::runtime::Residence;
 use crate::runtime::library::{environment, find_library};
 
@@ -31,6 +35,15 @@ fn image(seed: u16) -> Vec<u16> {
 
 /// Returns the answers of `images` at a batch size.
 fn run(graph: &mut WholeGraph, images: &[Vec<u16>], size: usize) -> Vec<Vec<f32>> {
+    run_with(&mut EngineCopies::by_runtime(), graph, images, size)
+}
+
+fn run_with(
+    copies: &mut EngineCopies,
+    graph: &mut WholeGraph,
+    images: &[Vec<u16>],
+    size: usize,
+) -> Vec<Vec<f32>> {
     let rows: Vec<BatchRow<'_>> = images
         .iter()
         .map(|tokens| BatchRow {
@@ -50,7 +63,8 @@ fn run(graph: &mut WholeGraph, images: &[Vec<u16>], size: usize) -> Vec<Vec<f32>
         start: None,
     };
     let options = graph.options(size).expect("options");
-    graph.run(&run, batch, &options, &mut None).expect("a run")
+    let ran = graph.run(&run, batch, &options, copies, &mut None);
+    ran.expect("a run")
 }
 
 fn near(a: &[Vec<f32>], b: &[Vec<f32>]) -> bool {
@@ -88,6 +102,25 @@ fn buffers_are_made_once_and_hold_each_batch_in_turn() {
                 assert!(!graph.bound.contains_key(&1));
             }
         }
+    }
+}
+
+#[test]
+fn copies_over_the_driver_change_no_bit() {
+    let images: Vec<Vec<u16>> = (0..4).map(image).collect();
+    for captures in [false, true] {
+        let driver = FakeDriver::new();
+        let mut copies = over(&driver);
+        let (mut one, mut other) = (graph(captures), graph(captures));
+        for (first, n, size) in [(0, 1, 1), (1, 2, 2), (0, 3, 4), (3, 1, 2), (2, 1, 1)] {
+            let images = &images[first..first + n];
+            let expected = run(&mut one, images, size);
+            let got = run_with(&mut copies, &mut other, images, size);
+            assert!(got == expected, "{captures} {first} {size}");
+        }
+        // The first run has no buffers yet.
+        assert!(driver.count("uploads") >= 4, "{captures}");
+        assert!(driver.count("downloads") >= 4, "{captures}");
     }
 }
 
@@ -133,7 +166,8 @@ fn a_run_that_was_stopped_does_not_stop_the_next() {
         positions: POSITIONS,
         start: None,
     };
-    let outcome = graph.run(&stopped, batch, &options, &mut None);
+    let copies = &mut EngineCopies::by_runtime();
+    let outcome = graph.run(&stopped, batch, &options, copies, &mut None);
     outcome.expect_err("it was told to stop");
     assert!(near(&run(&mut graph, &images, 1), &expected));
     assert!(Arc::ptr_eq(&options, &graph.options(1).expect("options")));
