@@ -37,6 +37,11 @@ fn settings_of_bench_gpu_are_read_as_its_own_test_says() {
 }
 
 #[test]
+fn times_of_kernels_are_read_as_their_own_test_says() {
+    own_test("scripts/bench-gpu/kernels.py");
+}
+
+#[test]
 fn a_training_ends_and_is_kept_as_its_own_test_says() {
     own_test("models/train/decisions.py");
 }
