@@ -88,11 +88,15 @@ class Figures:
     size: int
 
 
+def loss_against(new: float, old: float) -> list[str]:
+    """The reason against a model by its held-out loss alone, if it is one."""
+    # Also for a loss that is no number.
+    return [] if new < old else [f"its held-out loss of {new:.4f} nats per token is not below {old:.4f}"]
+
+
 def reasons_against(new: Figures, old: Figures) -> list[str]:
     """Reasons why the old model stays; none if the new one takes its place."""
-    reasons = []
-    if not new.loss < old.loss:
-        reasons.append(f"its held-out loss of {new.loss:.4f} nats per token is not below {old.loss:.4f}")
+    reasons = loss_against(new.loss, old.loss)
     # Equal accuracies are common among 379 pictures: then the log loss decides.
     if not (new.accuracy, -new.log_loss) > (old.accuracy, -old.log_loss):
         reasons.append(
