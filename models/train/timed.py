@@ -13,11 +13,13 @@ each round. keep.py compares it with models/emoji.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import data
@@ -169,6 +171,23 @@ class Run:
             best.write_if_due()
 
 
+def batches_of(pictures: train.Batches, n_workers: int) -> Iterator[torch.Tensor]:
+    """The batches in their order, made by processes where these can share memory."""
+    if n_workers:
+        # A minute is enough for the first batch of a busy machine.
+        loader = torch.utils.data.DataLoader(
+            pictures, batch_size=None, num_workers=n_workers, prefetch_factor=4, timeout=60
+        )
+        batches = iter(loader)
+        try:
+            first = next(batches)
+        except (RuntimeError, OSError) as error:
+            print(f"pictures are made in this process: {error}", flush=True)
+        else:
+            return itertools.chain([first], batches)
+    return iter(torch.utils.data.DataLoader(pictures, batch_size=None))
+
+
 def rounded(value: float) -> float | None:
     """Four digits; JSON has no infinity and no NaN."""
     return round(value, 4) if math.isfinite(value) else None
@@ -222,13 +241,8 @@ def main() -> None:
                 break
             run = Run(arguments, device, data.SEED + idx, dropout, seconds)
             torch.manual_seed(data.SEED + idx)
-            batches = torch.utils.data.DataLoader(
-                train.Batches(emoji, 0, train.STEPS_MAX, arguments.batch, data.SEED + idx),
-                batch_size=None,
-                num_workers=n_workers,
-                prefetch_factor=4 if n_workers else None,
-            )
-            run.train(iter(batches), n_steps, validation, best, log)
+            pictures = train.Batches(emoji, 0, train.STEPS_MAX, arguments.batch, data.SEED + idx)
+            run.train(batches_of(pictures, n_workers), n_steps, validation, best, log)
             best.write()
             print(f"dropout {dropout}: the best of all so far has {best.loss:.4f} nats per token", flush=True)
     print(f"wrote {arguments.output} in {time.monotonic() - STARTED:.0f} s")

@@ -91,6 +91,7 @@ class Batches(torch.utils.data.Dataset):
         self.emoji = [one for one in emoji if one.split == "train"]
         self.quantizer = data.Quantizer()
         self.first, self.steps, self.size, self.seed, self.side = first, steps, size, seed, side
+        self.round, self.order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return self.steps - self.first
@@ -102,8 +103,10 @@ class Batches(torch.utils.data.Dataset):
         for n in range(step * self.size, (step + 1) * self.size):
             # Every emoji once in each round, in another order each time.
             round_idx, place = divmod(n, len(self.emoji))
-            order = np.random.default_rng((self.seed, round_idx, 1)).permutation(len(self.emoji))
-            views.append(data.augment(self.emoji[order[place]], random, side=self.side))
+            if round_idx != self.round:
+                self.order = np.random.default_rng((self.seed, round_idx, 1)).permutation(len(self.emoji))
+                self.round = round_idx
+            views.append(data.augment(self.emoji[self.order[place]], random, side=self.side))
         return torch.from_numpy(self.quantizer(np.stack(views)))
 
 
