@@ -259,7 +259,8 @@ class Checks:
         largest = str(self.set.batches[-1])
         # On a CPU all of them would take the time of the step.
         folder = Path(self.set.images) if self.set.provider == "cuda" else self.few_images()
-        each = 0.04 * seconds
+        # Loading takes most of the time of each turn.
+        each = 0.025 * seconds
         rows: list = []
         expected = None
         for _ in range(TURNS):
