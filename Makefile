@@ -40,6 +40,10 @@ BINARY ?= target/release/imagegpt
 ATTACKS ?=
 # What models/emoji was trained with; see models/train/train.py --help.
 TRAIN_FLAGS ?= --minutes 100
+# Of `make train-timed` and what follows it; see models/train/timed.py --help.
+TRAIN_DATA ?= target/train/emoji.npz
+TRAIN_SECONDS ?= 540
+TRAIN_OUTPUT ?= target/train/candidate
 # `--proxies --rounds 3 13 60` trains small models longer; see models/train/depth.py --help.
 DEPTH_FLAGS ?=
 # How long `make fuzz` runs.
@@ -317,13 +321,30 @@ $(PYTHON_CHECK)/.done: python/pyproject.toml python/tests/requirements.txt
 train: $(TRAIN_VENV)/.done ## Train models/emoji again, or go on (brings PyTorch and the emoji; 100 minutes)
 	OMP_WAIT_POLICY=PASSIVE $(TRAIN_VENV)/bin/python models/train/train.py $(TRAIN_FLAGS)
 
+# TRAIN_PYTHON=python3 takes an interpreter that has PyTorch already, and brings none.
+TRAIN_PYTHON ?= $(TRAIN_VENV)/bin/python
+TRAIN_DONE = $(if $(filter $(TRAIN_VENV)/%,$(TRAIN_PYTHON)),$(TRAIN_VENV)/.done)
+
+.PHONY: train-data
+train-data: $(TRAIN_VENV)/.done ## Write what `make train-timed` needs into one file, target/train/emoji.npz (brings the emoji)
+	$(TRAIN_VENV)/bin/python models/train/data.py --prepared $(TRAIN_DATA)
+
+.PHONY: train-timed
+train-timed: $(TRAIN_DONE) ## Train a larger model than models/emoji for TRAIN_SECONDS on a GPU, from that file, without network
+	$(TRAIN_PYTHON) models/train/timed.py --data $(TRAIN_DATA) --output $(TRAIN_OUTPUT) --seconds $(TRAIN_SECONDS) $(TIMED_FLAGS)
+
+# BINARY=target/demo/imagegpt takes what `make demo` has made, and builds none.
+.PHONY: train-keep
+train-keep: $(if $(filter target/release/%,$(BINARY)),build) $(TRAIN_VENV)/.done ## Compare that model with models/emoji by held-out loss and probe, and put it there if both are better
+	BINARY=$(BINARY) $(TRAIN_VENV)/bin/python models/train/keep.py $(TRAIN_OUTPUT) $(KEEP_FLAGS)
+
 .PHONY: baselines
 baselines: $(TRAIN_VENV)/.done ## Print the held-out loss of models/emoji beside those of counting colors
 	$(TRAIN_VENV)/bin/python models/train/baselines.py
 
 .PHONY: probe
-probe: build $(TRAIN_VENV)/.done ## Fit linear probes on every layer of models/emoji with `imagegpt probe fit`; writes the head and its figures
-	@TRAIN_VENV=$(TRAIN_VENV) scripts/probe.sh
+probe: $(if $(filter target/release/%,$(BINARY)),build) $(TRAIN_VENV)/.done ## Fit linear probes on every layer of models/emoji with `imagegpt probe fit`; writes the head and its figures
+	@BINARY=$(BINARY) TRAIN_VENV=$(TRAIN_VENV) scripts/probe.sh
 
 .PHONY: depth
 depth: $(TRAIN_VENV)/.done ## Find out which layers of models/emoji are best, and why (half an hour of one core)

@@ -16,9 +16,11 @@
 #                    `run`, for a quarter of an hour on a device: answers (served, against the
 #                    CPU, in every precision), nan (caches of NaN by kernel of attention), seeds
 #                    (by elements per head), steps (by slots and past), primers (of new lengths),
-#                    graphs, generate, two (workers on one GPU), torch, fault (an illegal
-#                    address), in this order. Each has a limit and a file OUT/STEP.json of its
-#                    own, so that a cut loses only what comes after; use BUDGET=720
+#                    graphs, copies (--gpu-copies of both kinds, in turns), generate, two (workers
+#                    on one GPU), torch, kernels (by time, where nsys or ncu is installed), fault
+#                    (an illegal address), in this order. Each has a limit and a file
+#                    OUT/STEP.json of its own, so that a cut loses only what comes after; use
+#                    BUDGET=720
 #   BUDGET           seconds for all steps [600]; the report lists steps that did not fit.
 #                    Loading models may exceed it by half a minute: if the command is
 #                    killed after 600 s, use 540

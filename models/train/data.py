@@ -3,6 +3,7 @@
     data.py             # brings the pictures (npm), checks the splits
     data.py --palette   # makes models/emoji/preprocessor_config.json as well
     data.py --pictures  # makes models/pictures out of the test split as well
+    data.py --prepared FILE.npz  # writes what a training needs, for a machine without network
 
 The pictures are the 64x64 Noto emoji of npm's emoji-datasource-google 16.0.0
 (Apache-2.0). They go to target/emoji, and nothing of them but the palette and
@@ -99,6 +100,48 @@ def bring() -> Path:
     if digest != ARCHIVE_SHA256:
         raise SystemExit(f"{archive} has SHA-256 {digest}, not {ARCHIVE_SHA256}: remove it and try again")
     return archive
+
+
+def write_prepared(emoji: list[Emoji], path: Path) -> None:
+    """One file of the training and validation splits, without the test split."""
+    chosen = [one for one in emoji if one.split != "test"]
+    facts = [
+        {key: value for key, value in vars(one).items() if key not in ("pictures", "png")} for one in chosen
+    ]
+    # PNGs are smaller than pixels in any archive, and read back to the same pixels.
+    files = [encoded(picture) for one in chosen for picture in one.pictures]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(
+        partial,
+        facts=np.frombuffer(json.dumps(facts).encode(), np.uint8),
+        sizes=np.array([len(content) for content in files]),
+        pngs=np.frombuffer(b"".join(files), np.uint8),
+    )
+    partial.rename(path)
+    print(f"wrote {len(files)} pictures of {len(chosen)} emoji to {path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def encoded(picture: Image.Image) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, "PNG", optimize=True)
+    return content.getvalue()
+
+
+def load_prepared(path: Path) -> list[Emoji]:
+    """The emoji that `write_prepared` wrote, in their order."""
+    with np.load(path, allow_pickle=False) as stored:
+        facts = json.loads(stored["facts"].tobytes())
+        content, ends = stored["pngs"].tobytes(), np.cumsum(stored["sizes"]).tolist()
+    files = iter([content[start:end] for start, end in zip([0, *ends], ends, strict=False)])
+    emoji = []
+    for one in facts:
+        pngs = [next(files) for _ in one["files"]]
+        pictures = tuple(Image.open(io.BytesIO(png)).convert("RGBA") for png in pngs)
+        emoji.append(Emoji(**one | {"files": tuple(one["files"])}, pictures=pictures, png=pngs[0]))
+    assert next(files, None) is None, f"{path} has more pictures than names"
+    assert all(one.split in ("train", "validation") for one in emoji), f"{path} has another split"
+    return emoji
 
 
 def load() -> list[Emoji]:
@@ -396,6 +439,7 @@ def main() -> None:
     parser.add_argument("--palette", action="store_true", help="make the palette again")
     parser.add_argument("--pictures", action="store_true", help="make the demo's pictures again")
     parser.add_argument("--classes", type=Path, metavar="DIR", help="write a directory per split and class")
+    parser.add_argument("--prepared", type=Path, metavar="FILE.npz", help="write what timed.py needs")
     arguments = parser.parse_args()
     emoji = load()
     for name in SPLITS:
@@ -406,6 +450,8 @@ def main() -> None:
         write_palette(emoji)
     if arguments.pictures:
         write_pictures(emoji)
+    if arguments.prepared:
+        write_prepared(emoji, arguments.prepared)
     if arguments.classes:
         write_classes(emoji, arguments.classes)
 

@@ -102,7 +102,7 @@ def learn(model, optimizers, batches: train.Batches, first: int, end: int) -> No
     started, losses = time.monotonic(), []
     for step in range(first, end):
         share = train.rate(step, step / len(batches), DECAY)
-        losses.append(train.learn(model, optimizers, batches[step], share, network.block_forward))
+        losses.append(train.learn(model, optimizers, batches[step], share, network.block_forward).item())
         if (step + 1) % 200 == 0 or step + 1 == end:
             speed = BATCH * (step + 1 - first) / (time.monotonic() - started)
             print(

@@ -98,16 +98,23 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
     return torch.cat(parts, dim=-2)
 
 
-def block_forward(states: torch.Tensor, weights: tuple[torch.Tensor, ...], heads: int, eps: float) -> torch.Tensor:
+def block_forward(
+    states: torch.Tensor, weights: tuple[torch.Tensor, ...], heads: int, eps: float, dropout: float = 0.0
+) -> torch.Tensor:
     batch, length, width = states.shape
     ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj = weights
     mixed = F.rms_norm(states, (width,), ln_1, eps) @ c_attn
     query, key, value = mixed.view(batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
     attended = attend(query, key, value).transpose(1, 2).reshape(batch, length, width)
-    states = states + attended @ attn_proj
+    states = states + dropped(attended @ attn_proj, dropout)
     inner = F.rms_norm(states, (width,), ln_2, eps) @ c_fc
     inner = inner * torch.sigmoid(1.702 * inner)
-    return states + inner @ mlp_proj
+    return states + dropped(inner @ mlp_proj, dropout)
+
+
+def dropped(states: torch.Tensor, share: float) -> torch.Tensor:
+    """Without a random share of the numbers, in training only."""
+    return F.dropout(states, share) if share else states
 
 
 # Fused element-wise steps make a training step a fifth to a third faster; all
@@ -121,13 +128,18 @@ def block_weights(block: torch.nn.Module, dtype: torch.dtype) -> tuple[torch.Ten
 
 
 def logits(
-    model: ImageGPTForCausalImageModeling, inputs: torch.Tensor, dtype: torch.dtype, forward=block_forward
+    model: ImageGPTForCausalImageModeling,
+    inputs: torch.Tensor,
+    dtype: torch.dtype,
+    forward=block_forward,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
-    """What the model's own forward gives, in f32, if its biases are zero."""
+    """What the model's own forward gives, in f32, if its biases are zero and nothing is dropped."""
     body = model.transformer
     states = (body.wte.weight[inputs] + body.wpe.weight[: inputs.shape[1]]).to(dtype)
+    states = dropped(states, dropout)
     for block in body.h:
-        states = forward(states, block_weights(block, dtype), model.config.n_head, block.ln_1.eps)
+        states = forward(states, block_weights(block, dtype), model.config.n_head, block.ln_1.eps, dropout)
     states = F.rms_norm(states, states.shape[-1:], body.ln_f.weight.to(dtype), body.ln_f.eps)
     return (states @ model.lm_head.weight.to(dtype).T).float()
 
@@ -138,10 +150,14 @@ def shifted(ids: torch.Tensor) -> torch.Tensor:
 
 
 def loss(
-    model: ImageGPTForCausalImageModeling, ids: torch.Tensor, dtype: torch.dtype, forward=block_forward
+    model: ImageGPTForCausalImageModeling,
+    ids: torch.Tensor,
+    dtype: torch.dtype,
+    forward=block_forward,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Nats a token."""
-    scores = logits(model, shifted(ids), dtype, forward)
+    scores = logits(model, shifted(ids), dtype, forward, dropout)
     return F.cross_entropy(scores.flatten(0, 1), ids.flatten())
 
 

@@ -13,6 +13,7 @@ learning rate falls by the clock, so that a run on a busy machine ends in time.
 import argparse
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -90,6 +91,7 @@ class Batches(torch.utils.data.Dataset):
         self.emoji = [one for one in emoji if one.split == "train"]
         self.quantizer = data.Quantizer()
         self.first, self.steps, self.size, self.seed, self.side = first, steps, size, seed, side
+        self.round, self.order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return self.steps - self.first
@@ -101,8 +103,10 @@ class Batches(torch.utils.data.Dataset):
         for n in range(step * self.size, (step + 1) * self.size):
             # Every emoji once in each round, in another order each time.
             round_idx, place = divmod(n, len(self.emoji))
-            order = np.random.default_rng((self.seed, round_idx, 1)).permutation(len(self.emoji))
-            views.append(data.augment(self.emoji[order[place]], random, side=self.side))
+            if round_idx != self.round:
+                self.order = np.random.default_rng((self.seed, round_idx, 1)).permutation(len(self.emoji))
+                self.round = round_idx
+            views.append(data.augment(self.emoji[self.order[place]], random, side=self.side))
         return torch.from_numpy(self.quantizer(np.stack(views)))
 
 
@@ -122,24 +126,31 @@ def make_optimizers(model) -> list[torch.optim.Optimizer]:
     ]
 
 
-def learn(model, optimizers: list[torch.optim.Optimizer], ids: torch.Tensor, share: float, forward) -> float:
-    """One step at a share of the learning rates; the loss before it."""
+def learn(
+    model,
+    optimizers: list[torch.optim.Optimizer],
+    ids: torch.Tensor,
+    share: float,
+    forward,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """One step at a share of the learning rates; the loss before it, still on the device."""
     for optimizer, base in zip(optimizers, (MUON_RATE, ADAM_RATE), strict=True):
         for group in optimizer.param_groups:
             group["lr"] = base * share
-    value = network.loss(model, ids, torch.bfloat16, forward)
+    value = network.loss(model, ids, torch.bfloat16, forward, dropout)
     value.backward()
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return value.item()
+    return value.detach()
 
 
 @torch.no_grad()
-def held_out_loss(model, tokens: np.ndarray, device: str, dtype: torch.dtype, forward) -> float:
+def held_out_loss(model, tokens: np.ndarray, device: str, dtype: torch.dtype, forward, size: int = 8) -> float:
     total = 0.0
-    for start in range(0, len(tokens), 8):
-        ids = torch.from_numpy(tokens[start : start + 8]).to(device)
+    for start in range(0, len(tokens), size):
+        ids = torch.from_numpy(tokens[start : start + size]).to(device)
         total += network.loss(model, ids, dtype, forward).item() * len(ids)
     return total / len(tokens)
 
@@ -186,7 +197,7 @@ def train(arguments: argparse.Namespace) -> None:
     started = time.monotonic() - seconds
     for step, ids in enumerate(batches, start=first):
         done = step / steps if arguments.minutes is None else seconds / (60 * arguments.minutes)
-        value = learn(model, optimizers, ids.to(device), rate(step, done, arguments.decay), forward)
+        value = learn(model, optimizers, ids.to(device), rate(step, done, arguments.decay), forward).item()
         n_done = step + 1
         seconds = time.monotonic() - started
         last = n_done == steps or arguments.minutes is not None and seconds >= 60 * arguments.minutes
@@ -219,15 +230,23 @@ def export() -> None:
     state = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
     model = network.make_model(*state["shape"], data.Quantizer().clusters, data.SEED)
     model.load_state_dict(state["model"])
-    # Half the bytes; each weight moves by less than a part in a thousand.
-    model.half().save_pretrained(data.MODEL)
-    (data.MODEL / "model.safetensors").chmod(0o644)
-    generation = data.MODEL / "generation_config.json"
-    generation.unlink(missing_ok=True)
+    write_model(model, data.MODEL)
     curve = read_curve(state["step"]) | {"batch": state["batch"], "seconds": round(state["seconds"])}
     (data.MODEL / "curve.json").write_text(json.dumps(curve) + "\n")
-    draw_curve(curve)
+    draw_curve(curve, data.MODEL)
     print(f"wrote step {state['step']} to {data.MODEL.relative_to(data.ROOT)}")
+
+
+def write_model(model, folder: Path) -> None:
+    """The model as transformers stores it, in fp16, under its name only when it is whole."""
+    partial = folder / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    # Half the bytes; each weight moves by less than a part in a thousand.
+    model.half().save_pretrained(partial)
+    (partial / "model.safetensors").chmod(0o644)
+    for name in ("config.json", "model.safetensors"):
+        (partial / name).replace(folder / name)
+    shutil.rmtree(partial)
 
 
 def read_curve(last: int) -> dict:
@@ -245,7 +264,7 @@ def read_curve(last: int) -> dict:
     }
 
 
-def draw_curve(curve: dict) -> None:
+def draw_curve(curve: dict, folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -259,7 +278,7 @@ def draw_curve(curve: dict) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(data.MODEL / "curve.png", metadata={"Software": None})
+    figure.savefig(folder / "curve.png", metadata={"Software": None})
 
 
 def main() -> None:

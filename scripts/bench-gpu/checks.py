@@ -1,6 +1,6 @@
 """The steps of scripts/bench-gpu.sh that check a GPU rather than measure speed alone:
-answers against the CPU, key/value caches of NaN, seeds, steps, primers, two workers on one
-GPU, and a GPU that fails.
+answers against the CPU, key/value caches of NaN, seeds, steps, primers, kinds of copies, two
+workers on one GPU, kernels by time, and a GPU that fails.
 """
 
 import json
@@ -10,9 +10,10 @@ import struct
 import subprocess
 import threading
 import time
-import zlib
-from array import array
 from pathlib import Path
+
+import faulty
+import kernels
 
 # Largest error of served answers against the CPU in fp32, ‖answer − fp32‖ / ‖fp32‖.
 ERROR_MAX = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 2e-2, "int8": 1e-1}
@@ -25,10 +26,17 @@ BACKENDS = {
     "cudnn": (["--generate-attention", "cudnn"], {"ORT_ENABLE_XQA": "0"}),
     "efficient": (["--generate-attention", "efficient"], {"ORT_ENABLE_XQA": "0"}),
 }
+# Heads that have XQA; for others `no XQA` is `auto`.
+XQA_HEADS = (64, 128, 256)
+# Elements per head of the shapes with random weights.
+HEAD_OF = {"tiny": 16, "small": 64, "medium": 128, "large": 96}
 # Elements per head of the models of `seeds`, of which each has four.
 HEADS = (32, 64, 96)
 ROUNDS = 3
 SIDE = 32
+# Who copies between host and device (--gpu-copies), and how often each is measured.
+COPIES = ("onnxruntime", "driver")
+TURNS = 2
 
 
 def vectors(folder: Path) -> list[float]:
@@ -57,8 +65,13 @@ def distance(got: list[float], expected: list[float]) -> float:
 class Checks:
     """Steps that need `Bench`'s program, folders and clock."""
 
-    def backends(self) -> dict:
-        return BACKENDS if self.set.provider == "cuda" else {"auto": BACKENDS["auto"]}
+    def backends(self, head: int) -> dict:
+        """Returns the kernels of attention to try for heads of `head` elements."""
+        if self.set.provider != "cuda":
+            return {"auto": BACKENDS["auto"]}
+        return {
+            name: how for name, how in BACKENDS.items() if name != "no XQA" or head in XQA_HEADS
+        }
 
     def compiled(
         self, source: str, name: str, precision: str, provider: str, *flags: str
@@ -71,26 +84,33 @@ class Checks:
             )  # fmt: skip
         return output
 
-    def served(self, model: Path, provider: str, pictures: list[str], name: str) -> dict:
+    def served(self, model: Path, provider: str, folder: Path, name: str) -> dict:
         """Returns the scores and the features of pictures, as a worker serves them."""
         serve = f"--execution-provider {provider} --batch-sizes 1,8 --max-batch-size 8"
-        flags = ["--model", str(model), "--serve", serve]
+        return self.asked(["--model", str(model), "--serve", serve], folder, name)
+
+    def asked(self, flags: list[str], folder: Path, name: str) -> dict:
+        """Returns the scores and the features of pictures by a worker that `flags` name."""
+        pictures = [str(path) for path in sorted(folder.rglob("*.png"))]
         lines = self.run(self.set.program, "score", *flags, "--json", *pictures)
         scores = [json.loads(line)["nats"] for line in lines.splitlines() if line.strip()]
         table = self.work / f"{name}-table"
         shutil.rmtree(table, ignore_errors=True)
-        folder = str(Path(pictures[0]).parent)
         self.run(
-            self.set.program, "embed", *flags, "--format", "npy", "--output", str(table), folder
-        )
+            self.set.program, "embed", *flags, "--format", "npy", "--output", str(table),
+            str(folder),
+        )  # fmt: skip
         return {"score": scores, "features": vectors(table)}
+
+    def few_images(self) -> Path:
+        """Returns the first directory of images without others in it."""
+        folder = Path(self.set.images)
+        inside = sorted(path for path in folder.rglob("*") if path.is_dir())
+        return next((path for path in inside if not any(map(Path.is_dir, path.iterdir()))), folder)
 
     def answers(self, _shape: str, _precision: str, _seconds: float) -> list:
         """Compares served answers with those of the CPU in fp32, in every precision."""
-        folder = self.set.images if self.set.provider == "cuda" else f"{self.set.images}/flags"
-        subfolders = sorted(path for path in Path(folder).rglob("*") if path.is_dir())
-        folder = subfolders[0] if subfolders else Path(folder)
-        pictures = [str(path) for path in sorted(folder.glob("*.png"))]
+        folder = self.few_images()
         rows = []
         # Random weights of a published shape have heads of 64, and the emoji model of 32, which
         # other kernels of attention compute.
@@ -100,14 +120,14 @@ class Checks:
         for source, where in sources.items():
             name = f"answers-{source}"
             reference = self.compiled(where, f"{name}-cpu", "fp32", "cpu")
-            expected = self.served(reference, "cpu", pictures, f"{name}-cpu")
+            expected = self.served(reference, "cpu", folder, f"{name}-cpu")
             for precision in self.set.precisions:
                 own = reference
                 if (precision, self.set.provider) != ("fp32", "cpu"):
                     own = self.compiled(
                         where, f"{name}-{precision}", precision, self.set.provider
                     )
-                got = self.served(own, self.set.provider, pictures, f"{name}-{precision}")
+                got = self.served(own, self.set.provider, folder, f"{name}-{precision}")
                 for graph, values in got.items():
                     error = distance(values, expected[graph])
                     rows.append(
@@ -131,13 +151,16 @@ class Checks:
             tiny = self.compiled("random:tiny", "random-tiny", "fp32", "cpu")
             source.mkdir()
             config = json.loads((tiny / "config.json").read_text())
-            config |= {"n_embd": 4 * head, "n_head": 4, "n_layer": 6}
+            # A try on a CPU needs no depth in which differences could grow.
+            layers = 6 if self.set.provider == "cuda" else 2
+            config |= {"n_embd": 4 * head, "n_head": 4, "n_layer": layers}
             (source / "config.json").write_text(json.dumps(config))
             shutil.copy(tiny / "preprocessor_config.json", source)
             recipe = {"generator": 1, "seed": 0, "standard_deviation": 0.02}
             (source / "random_weights.json").write_text(json.dumps(recipe))
-        # On a CPU ONNX Runtime's attention, whose cache is of floats as on a GPU.
-        flags = ["--portable"] if self.set.provider == "cpu" else []
+        # Its steps alone, so that loading takes less of the time; on a CPU ONNX Runtime's
+        # attention, whose cache is of floats as on a GPU.
+        flags = ["--tasks", "generate", *(["--portable"] if self.set.provider == "cpu" else [])]
         name = f"heads-{head}-{precision}"
         return self.compiled(str(source), name, precision, self.set.provider, *flags)
 
@@ -154,7 +177,7 @@ class Checks:
         rows = []
         for head in HEADS:
             model = self.headed(head, precision)
-            for backend, (flags, more) in self.backends().items():
+            for backend, (flags, more) in self.backends(head).items():
                 said = self.bare_steps(
                     model, 8, flags, more, "--nan-cache", "--generate-pasts", "1",
                     "--seconds", "10ms",
@@ -165,12 +188,17 @@ class Checks:
         return rows
 
     def seeds(self, _shape: str, precision: str, _seconds: float) -> list:
-        """Draws images with one seed several times, by elements per head and attention."""
+        """Draws images with one seed several times, by elements per head and attention.
+
+        The lower half of a picture is drawn: its steps have the longest pasts, which kernels
+        divide among blocks, and take half of the time.
+        """
         rows = []
+        picture = str(sorted(self.few_images().glob("*.png"))[0])
         n_images = 8 if self.set.provider == "cuda" else 2
-        for backend, (flags, more) in self.backends().items():
-            for head in HEADS:
-                model = self.headed(head, precision)
+        for head in HEADS:
+            model = self.headed(head, precision)
+            for backend, (flags, more) in self.backends(head).items():
                 slots = ["--generate-slots", str(n_images), *flags]
                 with self.started(model, *slots, more=more) as worker:
                     drawn = []
@@ -179,6 +207,7 @@ class Checks:
                         shutil.rmtree(folder, ignore_errors=True)
                         self.run(
                             self.set.program, "generate", "--endpoint", worker.endpoint,
+                            "--input", picture, "--rows", "16",
                             "--samples", str(n_images), "--seed", "1",
                             "--output", str(self.work / "seeds.png"),
                             "--save-samples", str(folder),
@@ -195,7 +224,7 @@ class Checks:
         rows = []
         model = self.model(shape, precision)
         for slots in [n for n in (8, 64, 256) if n <= self.set.slots]:
-            for backend, (flags, more) in self.backends().items():
+            for backend, (flags, more) in self.backends(HEAD_OF[shape]).items():
                 said = self.bare_steps(
                     model, slots, flags, more, "--generate-pasts", "1,512,1023",
                     "--seconds", "300ms",
@@ -224,6 +253,69 @@ class Checks:
                 rows.append({"tokens": kept * SIDE, "first": times[0], "second": times[1]})
                 self.keep("primers", rows)
         return rows
+
+    def copies(self, shape: str, precision: str, seconds: float) -> list:
+        """Measures the kinds of copies in turns, and compares the bits of their answers."""
+        largest = str(self.set.batches[-1])
+        # On a CPU all of them would take the time of the step.
+        folder = Path(self.set.images) if self.set.provider == "cuda" else self.few_images()
+        # Loading takes most of the time of each turn.
+        each = 0.025 * seconds
+        rows: list = []
+        expected = None
+        for _ in range(TURNS):
+            for copies in COPIES:
+                flag = ["--gpu-copies", copies]
+                bare = self.bare(
+                    shape, precision, each, "--graphs", "features", "--batch-sizes", largest,
+                    "--generate-slots", "0", serve=flag,
+                )  # fmt: skip
+                row = {"copies": copies, "batch_size": int(largest)}
+                row["features_per_second"] = bare["findings"]["graphs"][0]["images_per_second"]
+                model = self.model(shape, precision)
+                # One size of batches, so that the same kernels answer in every turn.
+                with self.started(
+                    model, "--generate-slots", "0", *flag, batches=largest
+                ) as worker:
+                    said = self.load(worker, each, "saturate")
+                    answers = self.asked(["--endpoint", worker.endpoint], folder, "copies")
+                row["grpc_per_second"] = said["findings"]["saturation_images_per_second"]
+                expected = expected or answers
+                row["same_bits"] = answers == expected
+                rows.append(row)
+                self.keep("copies", rows)
+        return rows
+
+    def kernels(self, shape: str, precision: str, _seconds: float) -> dict:
+        """Counts the time of each kernel while a command computes features of a full batch."""
+        if self.set.provider != "cuda":
+            raise self.failed("kernels by time need a GPU, and PROVIDER is cpu")
+        tools = kernels.tools()
+        if not tools:
+            raise self.failed("neither nsys nor ncu is installed, so kernels have no times")
+        # Without graphs of other answers, whose warm-up would be counted too.
+        model = self.compiled(
+            f"random:{shape}", f"kernels-{shape}", precision, "cuda", "--tasks", "embed"
+        )
+        largest = self.set.batches[-1]
+        # Kernels that are launched one by one have names; those of a captured graph may not.
+        serve = f"--execution-provider cuda --batch-sizes {largest} --max-batch-size {largest}"
+        serve += " --generate-slots 0 --cuda-graphs off"
+        table = self.work / "kernels-table"
+
+        def run(*part: str) -> str:
+            shutil.rmtree(table, ignore_errors=True)
+            return self.run(*part)
+
+        command = [
+            self.set.program, "embed", "--model", str(model), "--serve", serve, "--format", "npy",
+            "--output", str(table), self.set.images,
+        ]  # fmt: skip
+        try:
+            found = kernels.measure(tools, run, self.failed, self.work / "kernels-report", command)
+        except ValueError as none:
+            raise self.failed(str(none)) from None
+        return found | {"batch_size": largest}
 
     def two(self, shape: str, precision: str, seconds: float) -> dict:
         """Measures one worker at saturation, and then two on the same device."""
@@ -261,11 +353,11 @@ class Checks:
             model.mkdir()
             for name in ("config.json", "preprocessor_config.json"):
                 shutil.copy(tiny / name, model)
-            (model / "model.onnx").write_bytes(faulty_graph())
-        # One color everywhere, and not the first of the palette: see `faulty_graph`.
+            (model / "model.onnx").write_bytes(faulty.graph())
+        # One color everywhere, and not the first of the palette: see faulty.py.
         pictures = self.work / "fault-pictures"
         pictures.mkdir(exist_ok=True)
-        png(pictures / "white.png")
+        faulty.png(pictures / "white.png")
         table = self.work / "fault-table"
         shutil.rmtree(table, ignore_errors=True)
         log_path = self.set.out / "fault.log"
@@ -297,102 +389,3 @@ class Checks:
             "client": said.splitlines()[-3:],
             "worker": words[-12:],
         }
-
-
-def png(path: Path) -> None:
-    """Writes a white picture."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        check = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
-
-    rows = (b"\0" + b"\xff" * (3 * SIDE)) * SIDE
-    header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
-
-
-# A graph in the wire format of protocol buffers, field by field.
-
-
-def varint(number: int) -> bytes:
-    out = b""
-    while number > 127:
-        out += bytes([number & 127 | 128])
-        number >>= 7
-    return out + bytes([number])
-
-
-def number(field: int, value: int) -> bytes:
-    return varint(field << 3) + varint(value & (2**64 - 1))
-
-
-def piece(field: int, content: bytes | str) -> bytes:
-    content = content.encode() if isinstance(content, str) else content
-    return varint(field << 3 | 2) + varint(len(content)) + content
-
-
-FLOAT, INT64 = 1, 7
-
-
-def tensor(name: str, kind: int, dims: list[int], raw: bytes) -> bytes:
-    shape = b"".join(number(1, size) for size in dims)
-    return shape + number(2, kind) + piece(8, name) + piece(9, raw)
-
-
-def node(operator: str, inputs: list[str], output: str, **integers: int) -> bytes:
-    attributes = b"".join(
-        piece(5, piece(1, name) + number(3, value) + number(20, 2))
-        for name, value in integers.items()
-    )
-    names = b"".join(piece(1, name) for name in inputs)
-    return names + piece(2, output) + piece(3, output) + piece(4, operator) + attributes
-
-
-def value(name: str, kind: int, dims: list) -> bytes:
-    shape = b"".join(
-        piece(1, piece(2, size) if isinstance(size, str) else number(1, size)) for size in dims
-    )
-    return piece(1, name) + piece(2, piece(1, number(1, kind) + piece(2, shape)))
-
-
-def faulty_graph() -> bytes:
-    """Returns a graph that reads far beyond a tensor for images without the token 0.
-
-    The images of a warm-up and of idle checks have every token. A CPU refuses the index; a GPU
-    reads the address.
-    """
-    width, vocabulary, positions = 4, 513, 1024
-    table = array("f", (0.01 * (idx % 97) for idx in range(vocabulary * width))).tobytes()
-    places = array("f", (0.001 * (idx % 89) for idx in range(positions * width))).tobytes()
-    nodes = [
-        node("Gather", ["wte", "input_ids"], "embedded"),
-        node("Add", ["embedded", "wpe"], "states"),
-        node("Cast", ["input_ids"], "numbers", to=FLOAT),
-        node("ReduceMin", ["numbers", "one_axis"], "least", keepdims=1),
-        node("Greater", ["least", "half"], "is_without"),
-        node("Cast", ["is_without"], "flag", to=INT64),
-        node("Mul", ["flag", "far"], "index"),
-        node("Unsqueeze", ["index", "one_axis"], "indices"),
-        node("GatherElements", ["states", "indices"], "read", axis=1),
-        node("Mul", ["read", "nothing"], "unread"),
-        node("Add", ["states", "unread"], "last_hidden_state"),
-    ]
-    initializers = [
-        tensor("wte", FLOAT, [vocabulary, width], table),
-        tensor("wpe", FLOAT, [positions, width], places),
-        tensor("one_axis", INT64, [1], struct.pack("<q", 1)),
-        tensor("half", FLOAT, [1], struct.pack("<f", 0.5)),
-        tensor("far", INT64, [1], struct.pack("<q", 1 << 44)),
-        tensor("nothing", FLOAT, [1], struct.pack("<f", 0.0)),
-    ]
-    graph = b"".join(piece(1, one) for one in nodes) + piece(2, "fault")
-    graph += b"".join(piece(5, one) for one in initializers)
-    graph += piece(11, value("input_ids", INT64, ["batch", positions]))
-    graph += piece(12, value("last_hidden_state", FLOAT, ["batch", positions, width]))
-    opset = piece(1, "") + number(2, 18)
-    return number(1, 9) + piece(7, graph) + piece(8, opset)

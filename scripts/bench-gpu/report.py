@@ -7,26 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-
-def short(number: float | None) -> str:
-    """Formats a number with at least three significant digits."""
-    if number is None:
-        return "–"
-    for limit, digits in ((100, 0), (10, 1), (1, 2), (0, 3)):
-        if abs(number) >= limit:
-            return f"{number:,.{digits}f}"
-    return str(number)
-
-
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    if not rows:
-        return ["Not measured.", ""]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows] + [""]
+import report_checks as checks
+from tables import Results, percent, short, table
 
 
 def is_loaded(load: float, n_cores: int) -> bool:
@@ -38,23 +20,6 @@ def loaded(load: float, n_cores: int) -> str:
         f"The machine was busy at the start (load average {load:.1f} on {n_cores} cores): work of the "
         "CPU, such as launching kernels, may have been slowed down"
     )
-
-
-class Results:
-    def __init__(self, everything: dict):
-        self.all = everything["results"]
-
-    def of(self, step: str) -> list[tuple[str, str, dict]]:
-        found = [result for result in self.all if result["step"] == step]
-        return [(result["shape"], result["precision"], result["found"]) for result in found]
-
-    def best(self, shape: str, precision: str, graph: str) -> dict | None:
-        """Returns the engine's measurement of a graph at its fastest batch size."""
-        for own_shape, own_precision, found in self.of("engine"):
-            if (own_shape, own_precision) == (shape, precision):
-                rows = [row for row in found["findings"]["graphs"] if row["graph"] == graph]
-                return max(rows, key=lambda row: row["images_per_second"], default=None)
-        return None
 
 
 def engine(results: Results) -> list[str]:
@@ -282,99 +247,6 @@ def soak(results: Results) -> list[str]:
     ]
 
 
-def yes(flag: bool) -> str:
-    return "yes" if flag else "**no**"
-
-
-def answers(results: Results) -> list[str]:
-    rows = [
-        [
-            row["model"],
-            row["precision"],
-            row["graph"],
-            str(row["numbers"]),
-            f"{row['error']:.1e}" if row["error"] is not None else "–",
-            yes(row["fits"]),
-        ]
-        for _, _, found in results.of("answers")
-        for row in found
-    ]
-    header = ["model", "precision", "answer", "numbers", "error", "within the limit"]
-    return [
-        "## Served answers against the CPU",
-        "",
-        "‖answer − answer of the CPU in fp32‖ / ‖answer of the CPU in fp32‖, of `imagegpt score` and `embed`.",
-        "",
-        *table(header, rows),
-    ]
-
-
-def caches(results: Results) -> list[str]:
-    nan = [
-        [str(row["head"]), row["attention"]] + [yes(row[key]) for key in ("finite", "same_bits", "repeats")]
-        for _, _, found in results.of("nan")
-        for row in found
-    ]
-    seeds = [
-        [str(row["head"]), row["attention"], f"{row['same']} of {row['images']}"]
-        for _, _, found in results.of("seeds")
-        for row in found
-    ]
-    steps = [
-        [row["attention"], str(row["slots"]), str(row["past"]), short(row["median_ms"]), short(row["tokens_per_second"])]
-        for _, _, found in results.of("steps")
-        for row in found
-    ]
-    primers = [
-        [str(row["tokens"]), short(row["first"]), short(row["second"])]
-        for _, _, found in results.of("primers")
-        for row in found
-    ]
-    return [
-        "## Steps of generation",
-        "",
-        "Steps beside a key/value cache of NaN, by elements per head:",
-        "",
-        *table(["head", "attention", "finite", "bits as beside zeros", "bits repeat"], nan),
-        "Images that were the same in three turns with one seed, in as many slots:",
-        "",
-        *table(["head", "attention", "same"], seeds),
-        "Times of steps:",
-        "",
-        *table(["attention", "slots", "past", "median ms", "tokens/s"], steps),
-        "Completions after a primer, with the start of the command:",
-        "",
-        *table(["tokens of the primer", "first, s", "second, s"], primers),
-    ]
-
-
-def two(results: Results) -> list[str]:
-    rows = []
-    for shape, precision, found in results.of("two"):
-        one, first, second = (
-            found[name]["saturation_images_per_second"] for name in ("one", "first", "second")
-        )
-        both = first + second
-        cells = [short(one), f"{short(first)} and {short(second)}", f"{both / one:.2f} ×"]
-        rows.append([f"{shape} {precision}", *cells])
-    header = ["model", "one worker, images/s", "two, images/s", "both to one"]
-    return ["## Two workers on one device", "", *table(header, rows)]
-
-
-def fault(results: Results) -> list[str]:
-    lines = []
-    for _, _, found in results.of("fault"):
-        lines += [
-            f"Exit code of the worker: {found['worker_exit_code']} (4 is a failed device), of the client: {found['client_exit_code']}.",
-            "",
-            "```text",
-            *found["worker"],
-            *found["client"],
-            "```",
-        ]
-    return ["## A GPU that fails", "", *(lines or ["Not measured."]), ""]
-
-
 SERVER = ("server_after_warm_up", "server_at_the_end")
 
 
@@ -435,10 +307,12 @@ def markdown(everything: dict) -> str:
         "- Weights are random (such as `random:small`): speed depends only on the shape; answers "
         "mean nothing.",
         "",
-        *answers(results),
-        *caches(results),
-        *two(results),
-        *fault(results),
+        *checks.answers(results),
+        *checks.caches(results),
+        *checks.copies(results),
+        *checks.two(results),
+        *checks.kernels(results),
+        *checks.fault(results),
         *engine(results),
         *grpc(results),
         *cores(results, facts["settings"]["IMAGES"]),

@@ -18,7 +18,10 @@ PROVIDERS = ("cuda", "cpu")
 SHAPES = ("tiny", "small", "medium", "large")
 PRECISIONS = {"cuda": ("fp32", "fp16", "bf16"), "cpu": ("fp32", "int8")}
 # Steps of a short time on a device, in their order; `run` stands for all of them.
-RUN = ("answers", "nan", "seeds", "steps", "primers", "graphs", "generate", "two", "torch", "fault")
+RUN = (
+    "answers", "nan", "seeds", "steps", "primers", "graphs", "copies", "generate", "two", "torch",
+    "kernels", "fault",
+)  # fmt: skip
 STEPS = ("engine", "grpc", "latency", "generate", "cores", "graphs", "soak", "torch")
 # Shapes that a GPU is measured with by default; tiny is for a quick try.
 DEFAULT_SHAPES = SHAPES[1:]
@@ -145,7 +148,7 @@ def read(environment: Mapping[str, str]) -> Settings:
         serve_flags=environment.get("SERVE_FLAGS", "").split(),
         is_timed=any(step not in STEPS for step in steps),
     )
-    if {"cores", "answers", "primers"} & set(found.steps):
+    if {"cores", "answers", "seeds", "primers", "copies", "kernels"} & set(found.steps):
         file_or_folder("IMAGES", found.images, Path.exists)
     if library := environment.get("ORT_DYLIB_PATH"):
         file_or_folder("ORT_DYLIB_PATH", library, Path.is_file)

@@ -20,15 +20,30 @@ fn bench_gpu(out: &Path, setting: (&str, &str)) -> Output {
         .expect("bash")
 }
 
-#[test]
-fn settings_of_bench_gpu_are_read_as_its_own_test_says() {
+/// Runs a program in Python that has a test of itself and needs no package.
+fn own_test(path: &str) {
     let output = Command::new("python3")
-        .arg(in_scripts("bench-gpu/settings.py"))
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join(path))
         .arg("test")
         .output()
         .expect("Python 3");
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}");
+    assert!(output.status.success(), "{path}: {said}");
+}
+
+#[test]
+fn settings_of_bench_gpu_are_read_as_its_own_test_says() {
+    own_test("scripts/bench-gpu/settings.py");
+}
+
+#[test]
+fn times_of_kernels_are_read_as_their_own_test_says() {
+    own_test("scripts/bench-gpu/kernels.py");
+}
+
+#[test]
+fn a_training_ends_and_is_kept_as_its_own_test_says() {
+    own_test("models/train/decisions.py");
 }
 
 #[test]
