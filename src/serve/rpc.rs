@@ -44,6 +44,7 @@ use tonic::codec::CompressionEncoding;
 use tonic::service::Routes;
 use tonic::{Code, Request, Response, Status};
 use tower::Layer as _;
+use tower_http::validate_request::ValidateRequestHeaderLayer;
 
 use self::arriving::Arrived;
 use self::calling::CallOrigin;
@@ -166,7 +167,9 @@ pub(crate) async fn serve(
         patience: Arc::new(patience),
     };
     // The outermost layer comes first; rejected calls are counted, too.
+    let host = http1.then(|| ValidateRequestHeaderLayer::custom(not_grpc::check_host));
     let layers = (
+        tower::util::option_layer(host),
         tower::util::option_layer(own_pages),
         tower::util::option_layer(web.page),
         tower::util::option_layer(web.cors),

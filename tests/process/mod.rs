@@ -84,7 +84,7 @@ pub(crate) fn get(addr: SocketAddr, path: &str) -> String {
     };
     let limit = stream.set_read_timeout(Some(PATIENCE));
     limit.expect("a limit of time");
-    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {addr}\r\nconnection: close\r\n\r\n");
     if stream.write_all(request.as_bytes()).is_ok() {
         let _ = stream.read_to_string(&mut text);
     }

@@ -13,6 +13,8 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, heade
 use tonic::body::Body;
 use tower::{Layer, Service};
 
+use crate::serve::host;
+
 /// Answer to HTTP/1.1 and HTTP/1.0.
 const OTHER_VERSION: &str = "this port serves gRPC over HTTP/2 and not HTTP/1.1; /metrics, /livez \
                              and /readyz are on the port of --metrics-listen, and --grpc-web lets \
@@ -91,6 +93,22 @@ fn refusal(
         Some([b'-', ..]) => Some((StatusCode::UNSUPPORTED_MEDIA_TYPE, WEB_TYPE)),
         _ => Some((StatusCode::UNSUPPORTED_MEDIA_TYPE, OTHER_TYPE)),
     }
+}
+
+/// Refuses a request over HTTP/1.1 whose `Host` is not one host.
+///
+/// # Errors
+///
+/// Returns the answer if the request is refused.
+#[expect(
+    clippy::result_large_err,
+    reason = "the answer is the error, as the layer takes it"
+)]
+pub(super) fn check_host(request: &mut Request<Body>) -> Result<(), Response<Body>> {
+    if host::has_one_host(request) {
+        return Ok(());
+    }
+    Err(answer(StatusCode::BAD_REQUEST, host::BAD_HOST))
 }
 
 /// Makes an answer for a person or program that does not speak gRPC.
