@@ -1,4 +1,5 @@
-//! Suggestions for a directory that is probably mistyped.
+//! Suggestions for a name that is probably mistyped: of a variable, or of a
+//! directory.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -11,6 +12,15 @@ const ENTRIES_MAX: usize = 10_000;
 /// Most directories that are listed for one path: a name of it that is mistyped
 /// takes one, or as many as there are names that are like it.
 const LISTINGS_MAX: u32 = 32;
+
+/// Returns the known name that is most like `name`, if one is like it; of equals
+/// the first in the alphabet.
+pub(crate) fn nearest_name<T: AsRef<str>>(
+    name: &str,
+    known: impl IntoIterator<Item = T>,
+) -> Option<T> {
+    similar_names(name, known).into_iter().next()
+}
 
 /// Returns the known names that are like `name`, the most similar first.
 fn similar_names<T: AsRef<str>>(name: &str, known: impl IntoIterator<Item = T>) -> Vec<T> {
@@ -60,6 +70,23 @@ fn below(found: PathBuf, rest: &[Component<'_>], n_left: &mut u32) -> Option<Pat
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_with_a_few_wrong_letters_are_found() {
+        let known = ["MAX_BATCH_SIZE", "BATCH_SIZES", "LISTEN", "METRICS_LISTEN"];
+        let check = |name: &str, expected: Option<&str>| {
+            assert_eq!(nearest_name(name, known), expected, "{name}");
+        };
+        check("MAX_BATCHSIZE", Some("MAX_BATCH_SIZE"));
+        check("BATCH_SIZE", Some("BATCH_SIZES"));
+        check("LISTNE", Some("LISTEN"));
+        check("METRIC_LISTEN", Some("METRICS_LISTEN"));
+        check("LISTEN", Some("LISTEN"));
+        check("PICTURES", None);
+        check("", None);
+        assert_eq!(nearest_name("ab", ["ac", "ad"]), None);
+        assert_eq!(nearest_name("abcd", ["abce", "abcc"]), Some("abcc"));
+    }
 
     #[test]
     fn directories_are_found_name_by_name() {
