@@ -2,7 +2,8 @@
 // stay in the page.
 
 import { command, keywords, python, pythonString, showCode } from "./commands.ts";
-import { byId, button, count, decimals, make } from "./dom.ts";
+import { button, count, decimals, make } from "./dom.ts";
+import { byId } from "./elements.ts";
 import { type GetModelResponse, Task } from "./gen/imagegpt/v1/imagegpt_pb.ts";
 import { explain, tell } from "./look.ts";
 import { floats } from "./paint.ts";
@@ -16,10 +17,10 @@ const COMMAND_IMAGES_MAX = 48;
 /** Pictures of one call: a few, so that the list grows while it is made. */
 const CALL_IMAGES = 8;
 
-const list = byId("neighbors", HTMLOListElement);
-const state = byId("near-state", HTMLParagraphElement);
-const problem = byId("near-problem", HTMLParagraphElement);
-const slider = byId("layer", HTMLInputElement);
+const list = byId("neighbors");
+const state = byId("near-state");
+const problem = byId("near-problem");
+const slider = byId("layer");
 
 let model: GetModelResponse | undefined;
 /** Layers that one run of the model gives. */
@@ -33,10 +34,10 @@ const known = new WeakMap<Picture, Map<string, Float32Array | string>>();
 export function setModel(to: GetModelResponse): void {
   model = to;
   const can = to.tasks.includes(Task.EMBED);
-  byId("near-missing", HTMLParagraphElement).hidden = can;
+  byId("near-missing").hidden = can;
   state.hidden = !can;
   layers = to.layersServed.filter((layer) => layer <= to.layerDefault);
-  byId("layer-row", HTMLParagraphElement).hidden = layers.length < 2;
+  byId("layer-row").hidden = layers.length < 2;
   slider.max = String(Math.max(layers.length - 1, 0));
   slider.value = slider.max;
   showLayer();
@@ -50,7 +51,7 @@ export function forget(pictures: readonly Picture[]): void {
 
 function showLayer(): void {
   const layer = layers[Number(slider.value)];
-  byId("layer-value", HTMLOutputElement).textContent = `${layer ?? ""}`;
+  byId("layer-value").textContent = `${layer ?? ""}`;
   slider.setAttribute("aria-valuetext", `layer ${layer}`);
 }
 
@@ -158,7 +159,7 @@ function show(): void {
 }
 
 function showCommands(): void {
-  const into = byId("near-code", HTMLDivElement);
+  const into = byId("near-code");
   const { pictures, switches } = shownNow ?? {};
   if (!pictures || !switches) {
     into.replaceChildren();
@@ -198,5 +199,5 @@ export function listen(): void {
     showLayer();
     show();
   });
-  byId("add-examples", HTMLButtonElement).addEventListener("click", addExamples);
+  byId("add-examples").addEventListener("click", addExamples);
 }

@@ -1,6 +1,7 @@
 // Pictures on the page, the one that is chosen, and the switches.
 
-import { byId, button, chosen, count, make, onChoice } from "./dom.ts";
+import { button, chosen, count, make, onChoice } from "./dom.ts";
+import { byId } from "./elements.ts";
 import { EXAMPLES } from "./examples.ts";
 import { openCamera } from "./camera.ts";
 import type { Alpha, Fit } from "./commands.ts";
@@ -49,8 +50,8 @@ let nextId = 1;
 let bytesMax = Number.POSITIVE_INFINITY;
 let changed: () => void = () => {};
 
-const tray = byId("tray", HTMLUListElement);
-const problem = byId("tray-problem", HTMLParagraphElement);
+const tray = byId("tray");
+const problem = byId("tray-problem");
 
 export function all(): readonly Picture[] {
   return pictures;
@@ -253,7 +254,7 @@ function drop(picture: Picture, item: HTMLLIElement): void {
     }
   }
   const focus = beside && tray.querySelector<HTMLElement>(`[data-id="${beside.id}"] .thumb`);
-  (focus ?? byId("choose", HTMLButtonElement)).focus();
+  (focus ?? byId("choose")).focus();
   changed();
 }
 
@@ -282,13 +283,13 @@ async function addFiles(files: Iterable<File>): Promise<void> {
 /** Listens to files, drops, pastes, examples, the camera and the switches. */
 export function listen(onChange: () => void): void {
   changed = onChange;
-  const files = byId("files", HTMLInputElement);
-  byId("choose", HTMLButtonElement).addEventListener("click", () => files.click());
+  const files = byId("files");
+  byId("choose").addEventListener("click", () => files.click());
   files.addEventListener("change", () => {
     void addFiles([...(files.files ?? [])]);
     files.value = "";
   });
-  const zone = byId("drop", HTMLDivElement);
+  const zone = byId("drop");
   document.addEventListener("dragover", (event) => {
     event.preventDefault();
     zone.classList.add("over");
@@ -310,7 +311,7 @@ export function listen(onChange: () => void): void {
       void addFiles(pasted);
     }
   });
-  byId("examples", HTMLUListElement).append(
+  byId("examples").append(
     ...EXAMPLES.map((example) => {
       const url = URL.createObjectURL(new Blob([example.bytes], { type: "image/png" }));
       const open = button("", () => add(example.name, example.bytes), { class: "thumb" });
