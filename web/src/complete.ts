@@ -11,7 +11,8 @@ import {
 import { explain, moved, tell } from "./look.ts";
 import { colorOf, paint, paintRow, pngOf } from "./paint.ts";
 import { ALPHAS, FITS, type Picture, type Switches } from "./pictures.ts";
-import { call, problemOf, refusal, worker } from "./worker.ts";
+import { type Encoded, primerOf } from "./sent.ts";
+import { call, problemOf, refusal, workerWith } from "./worker.ts";
 
 type Keep = "rows" | "mask" | "nothing";
 
@@ -269,24 +270,19 @@ function makeSamples(n: number, from: Keep): Sample[] {
   return samples;
 }
 
-function primer(from: Keep) {
+function primer(from: Keep): Encoded {
   if (from === "nothing" || !picture) {
-    return { case: undefined };
+    return [];
   }
   const { fit, alpha } = switches;
-  const source = { case: "encoded" as const, value: picture.bytes };
   const kept =
     from === "rows"
       ? { case: "rows" as const, value: keptRows }
       : { case: "mask" as const, value: mask.slice() };
-  return {
-    case: "image" as const,
-    value: {
-      image: { source },
-      preprocess: { fit: FITS[fit], alpha: ALPHAS[alpha] },
-      keep: kept,
-    },
-  };
+  return primerOf(picture.file, {
+    preprocess: { fit: FITS[fit], alpha: ALPHAS[alpha] },
+    keep: kept,
+  });
 }
 
 async function draw(): Promise<void> {
@@ -314,8 +310,8 @@ async function draw(): Promise<void> {
   // The browser's own clock, for whoever measures the page.
   performance.clearMarks("first-row");
   performance.mark("draw");
+  const client = workerWith(primer(from));
   const request = {
-    primer: primer(from),
     ...given,
     ...(seed === undefined ? {} : { seed }),
     logProbs: true,
@@ -324,7 +320,7 @@ async function draw(): Promise<void> {
   try {
     // A full worker rejects the call before its first message.
     const [first, rest] = await call(control.signal, async () => {
-      const stream = worker.generate(request, { signal: control.signal });
+      const stream = client.generate(request, { signal: control.signal });
       const messages = stream[Symbol.asyncIterator]();
       return [await messages.next(), messages] as const;
     });

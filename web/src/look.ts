@@ -6,14 +6,18 @@ import { count, decimals, make } from "./dom.ts";
 import { byId } from "./elements.ts";
 import {
   type Classification,
+  ClassifyRequestSchema,
   type GetModelResponse,
   type Score,
+  ScoreRequestSchema,
   Task,
+  TokenizeRequestSchema,
 } from "./gen/imagegpt/v1/imagegpt_pb.ts";
 import { colorOf, floats, hex, paint, viridis } from "./paint.ts";
 import { ALPHAS, FITS, type Picture, shown, type Switches } from "./pictures.ts";
+import { imagesOf } from "./sent.ts";
 import { statistics } from "./statistics.ts";
-import { CALL_TIMEOUT_MS, call, problemOf, refusal, report, worker } from "./worker.ts";
+import { CALL_TIMEOUT_MS, call, problemOf, refusal, report, workerWith } from "./worker.ts";
 
 /** Classes that are shown of each head. */
 const CLASSES = 5;
@@ -73,11 +77,11 @@ async function tokensOf(
     return there;
   }
   const request = {
-    images: [{ source: { case: "encoded" as const, value: picture.bytes } }],
     preprocess: { fit: FITS[switches.fit], alpha: ALPHAS[switches.alpha] },
   };
+  const images = imagesOf(TokenizeRequestSchema.field.images, [picture.file]);
   const answer = await call(signal, () =>
-    worker.tokenize(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
+    workerWith(images).tokenize(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
   );
   const outcome = answer.results[0]?.outcome;
   if (outcome?.case !== "tokens") {
@@ -247,13 +251,13 @@ async function sayChanges(picture: Picture, switches: Switches, signal: AbortSig
 
 async function score(picture: Picture, switches: Switches, signal: AbortSignal) {
   const request = {
-    images: [{ source: { case: "encoded" as const, value: picture.bytes } }],
     preprocess: { fit: FITS[switches.fit], alpha: ALPHAS[switches.alpha] },
     map: true,
     complexity: true,
   };
+  const images = imagesOf(ScoreRequestSchema.field.images, [picture.file]);
   const answer = await call(signal, () =>
-    worker.score(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
+    workerWith(images).score(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
   );
   if (signal.aborted || !model) {
     return;
@@ -366,7 +370,6 @@ async function classify(picture: Picture, switches: Switches, signal: AbortSigna
   const parts = await Promise.all(
     calls.map(async (head) => {
       const request = {
-        images: [{ source: { case: "encoded" as const, value: picture.bytes } }],
         preprocess: {
           fit: head.fit ? 0 : FITS[switches.fit],
           alpha: head.alpha ? 0 : ALPHAS[switches.alpha],
@@ -374,8 +377,9 @@ async function classify(picture: Picture, switches: Switches, signal: AbortSigna
         topK: CLASSES,
         head: head.name,
       };
+      const images = imagesOf(ClassifyRequestSchema.field.images, [picture.file]);
       const answer = await call(signal, () =>
-        worker.classify(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
+        workerWith(images).classify(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
       );
       const outcome = answer.results[0]?.outcome;
       if (outcome?.case !== "classification") {

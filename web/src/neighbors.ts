@@ -4,11 +4,12 @@
 import { command, keywords, python, pythonString, showCode } from "./commands.ts";
 import { button, count, decimals, make } from "./dom.ts";
 import { byId } from "./elements.ts";
-import { type GetModelResponse, Task } from "./gen/imagegpt/v1/imagegpt_pb.ts";
+import { EmbedRequestSchema, type GetModelResponse, Task } from "./gen/imagegpt/v1/imagegpt_pb.ts";
 import { explain, tell } from "./look.ts";
 import { floats } from "./paint.ts";
 import { ALPHAS, addExamples, choose, FITS, type Picture, shown, type Switches } from "./pictures.ts";
-import { CALL_TIMEOUT_MS, call, refusal, worker } from "./worker.ts";
+import { imagesOf, parts } from "./sent.ts";
+import { CALL_TIMEOUT_MS, call, refusal, workerWith } from "./worker.ts";
 
 /** Most neighbors of a picture that the command takes. */
 const COMMAND_NEIGHBORS_MAX = 16;
@@ -16,6 +17,13 @@ const COMMAND_NEIGHBORS_MAX = 16;
 const COMMAND_IMAGES_MAX = 48;
 /** Pictures of one call: a few, so that the list grows while it is made. */
 const CALL_IMAGES = 8;
+/** Bytes of the pictures of one call, unless one alone has more: a quarter of the
+ * worker's own limit, which takes a slow network a few seconds. */
+const CALL_BYTES = 16 << 20;
+/** Bytes of a call beside its pictures: options and layers take less. */
+const CALL_BYTES_BESIDE = 16 << 10;
+/** Bytes of a picture beside its file: two fields with lengths take less. */
+const IMAGE_BYTES_BESIDE = 16;
 
 const list = byId("neighbors");
 const state = byId("near-state");
@@ -73,14 +81,19 @@ export async function compare(
   }
   const key = `${switches.fit} ${switches.alpha}`;
   const missing = pictures.filter((each) => !known.get(each)?.has(key));
-  const size = Math.min(CALL_IMAGES, model.limits?.imagesPerCallMax || CALL_IMAGES);
+  const limits = model.limits;
+  const nMax = Math.min(CALL_IMAGES, limits?.imagesPerCallMax || CALL_IMAGES);
+  const bytesMax = Number(limits?.requestBytesMax || CALL_BYTES) - CALL_BYTES_BESIDE;
+  const size = (picture: Picture) => picture.file.size + IMAGE_BYTES_BESIDE;
+  let nLeft = missing.length;
   try {
-    for (let at = 0; at < missing.length; at += size) {
-      state.textContent = `Embedding ${count(missing.length - at, "picture")} …`;
-      await embed(missing.slice(at, at + size), key, switches, signal);
+    for (const part of parts(missing, nMax, Math.min(CALL_BYTES, bytesMax), size)) {
+      state.textContent = `Embedding ${count(nLeft, "picture")} …`;
+      await embed(part, key, switches, signal);
       if (signal.aborted) {
         return;
       }
+      nLeft -= part.length;
     }
     show();
   } catch (reason) {
@@ -93,13 +106,16 @@ export async function compare(
 
 async function embed(part: Picture[], key: string, switches: Switches, signal: AbortSignal) {
   const request = {
-    images: part.map((picture) => ({ source: { case: "encoded" as const, value: picture.bytes } })),
     preprocess: { fit: FITS[switches.fit], alpha: ALPHAS[switches.alpha] },
     normalize: true,
     layers,
   };
+  const images = imagesOf(
+    EmbedRequestSchema.field.images,
+    part.map((picture) => picture.file),
+  );
   const answer = await call(signal, () =>
-    worker.embed(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
+    workerWith(images).embed(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
   );
   part.forEach((picture, i) => {
     const outcome = answer.results[i]?.outcome;
