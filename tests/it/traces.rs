@@ -332,14 +332,18 @@ async fn a_failed_call_has_the_stages_it_reached_and_its_status() {
         .iter()
         .map(|call| attribute(call, "rpc.grpc.status_code"));
     let mut codes: Vec<String> = codes.map(Option::unwrap_or_default).collect();
-    // A call that the client ended was cancelled.
+    // A call that the client ended was cancelled, or late in the worker as well.
     calls.retain(|call| attribute(call, "rpc.grpc.status_code").as_deref() != Some("1"));
     codes.retain(|code| code != "1");
+    codes.dedup();
     assert_eq!(codes, ["4", "3"]);
     let status = |call: &Span| call.status.clone().unwrap_or_default().code;
-    assert_eq!(status(&calls[0]), StatusCode::Error as i32);
+    let [late, .., wrong] = &calls[..] else {
+        panic!("{calls:#?}");
+    };
+    assert_eq!(status(late), StatusCode::Error as i32);
     assert_eq!(
-        status(&calls[1]),
+        status(wrong),
         StatusCode::Unset as i32,
         "the caller's fault"
     );
