@@ -18,7 +18,7 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, oneshot};
 use tower::ServiceExt as _;
-use tower_http::validate_request::ValidateRequestHeaderLayer;
+use tower_http::validate_request::{ValidateRequest, ValidateRequestHeaderLayer};
 
 use crate::serve::admission::Occupancy;
 use crate::serve::cache::AnswerCache;
@@ -73,9 +73,9 @@ pub(crate) async fn serve(listener: TcpListener, pages: PageSources) {
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .with_state(pages)
-        .layer(ValidateRequestHeaderLayer::custom(
-            move |request: &mut Request<Body>| check(request, is_loopback),
-        ));
+        .layer(ValidateRequestHeaderLayer::custom(HostCheck {
+            is_loopback,
+        }));
     let free = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let places = Places::default();
     loop {
@@ -104,26 +104,28 @@ pub(crate) async fn serve(listener: TcpListener, pages: PageSources) {
     }
 }
 
-/// Refuses a request that may come from another name's web page.
-///
-/// # Errors
-///
-/// Returns the answer if the request is refused.
-#[expect(
-    clippy::result_large_err,
-    reason = "the answer is the error, as the layer takes it"
-)]
-fn check(request: &Request<Body>, is_loopback: bool) -> Result<(), Response> {
-    let refuse = |status, text| Err((status, text).into_response());
-    if !host::has_one_host(request) {
-        return refuse(StatusCode::BAD_REQUEST, host::BAD_HOST);
+/// Check that refuses requests that may come from another name's web page.
+#[derive(Debug, Clone, Copy)]
+struct HostCheck {
+    /// True if the port is bound to loopback.
+    is_loopback: bool,
+}
+
+impl ValidateRequest<Body> for HostCheck {
+    type ResponseBody = Body;
+
+    fn validate(&mut self, request: &mut Request<Body>) -> Result<(), Response> {
+        let answer = |status, text| (status, text).into_response();
+        if !host::has_one_host(request) {
+            return Err(answer(StatusCode::BAD_REQUEST, host::BAD_HOST));
+        }
+        let host = host::host(request);
+        // Browsers name a host in every request.
+        if self.is_loopback && !host.is_empty() && !host::cannot_be_moved(host) {
+            return Err(answer(StatusCode::MISDIRECTED_REQUEST, OTHER_HOST));
+        }
+        Ok(())
     }
-    let host = host::host(request);
-    // Browsers name a host in every request.
-    if is_loopback && !host.is_empty() && !host::cannot_be_moved(host) {
-        return refuse(StatusCode::MISDIRECTED_REQUEST, OTHER_HOST);
-    }
-    Ok(())
 }
 
 /// Answers the single request of a connection.

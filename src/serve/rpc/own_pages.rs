@@ -1,4 +1,4 @@
-//! Layer that keeps other people's web pages from a worker on loopback that
+//! Check that keeps other people's web pages from a worker on loopback that
 //! asks for no token.
 //!
 //! A browser sends the name under which it reached the worker as `Host`
@@ -7,14 +7,11 @@
 //! calls from the worker's own page. Programs send no origin, and may use any
 //! name.
 
-use std::future::{Ready, ready};
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
-use futures_util::future::Either;
 use http::{Method, Request, Response, StatusCode, header};
 use tonic::body::Body;
-use tower::{Layer, Service};
+use tower_http::validate_request::ValidateRequest;
 
 use super::not_grpc;
 use crate::serve::config::{ANY_ORIGIN, AccessConfig};
@@ -28,17 +25,17 @@ const OTHER_HOST: &str = "without tokens, browsers reach this worker as localhos
 const OTHER_ORIGIN: &str = "calls of pages of another origin are refused; --cors-origin allows \
                             them\n";
 
-/// Layer that refuses what may come from other people's pages.
+/// Check that refuses what may come from other people's pages.
 #[derive(Debug, Clone)]
-pub(super) struct OwnPagesLayer {
+pub(super) struct OwnPages {
     /// Origins of --cors-origin.
     origins: Arc<[String]>,
     /// True if a page is served, which is guarded too.
     has_page: bool,
 }
 
-impl OwnPagesLayer {
-    /// Returns the layer if a worker on loopback needs it: where browsers may
+impl OwnPages {
+    /// Returns the check if a worker on loopback needs it: where browsers may
     /// call without a token, and not every origin is allowed.
     pub(super) fn new(config: &AccessConfig) -> Option<Self> {
         let is_needed = config.serves_web()
@@ -95,39 +92,13 @@ fn is_origin_of(origin: &str, host: &str) -> bool {
     })
 }
 
-impl<S> Layer<S> for OwnPagesLayer {
-    type Service = OwnPages<S>;
+impl ValidateRequest<Body> for OwnPages {
+    type ResponseBody = Body;
 
-    fn layer(&self, inner: S) -> Self::Service {
-        OwnPages {
-            inner,
-            layer: self.clone(),
-        }
-    }
-}
-
-#[derive(Debug, Clone)]
-pub(super) struct OwnPages<S> {
-    inner: S,
-    layer: OwnPagesLayer,
-}
-
-impl<S> Service<Request<Body>> for OwnPages<S>
-where
-    S: Service<Request<Body>, Response = Response<Body>>,
-{
-    type Response = S::Response;
-    type Error = S::Error;
-    type Future = Either<S::Future, Ready<Result<S::Response, S::Error>>>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        match self.layer.refusal(&request) {
-            None => Either::Left(self.inner.call(request)),
-            Some((status, text)) => Either::Right(ready(Ok(not_grpc::answer(status, text)))),
+    fn validate(&mut self, request: &mut Request<Body>) -> Result<(), Response<Body>> {
+        match self.refusal(request) {
+            None => Ok(()),
+            Some((status, text)) => Err(not_grpc::answer(status, text)),
         }
     }
 }
@@ -160,7 +131,7 @@ mod tests {
                      host: &str,
                      origin: Option<&str>,
                      expected: Option<u16>| {
-            let layer = OwnPagesLayer {
+            let guard = OwnPages {
                 origins: origins.iter().map(|&origin| origin.to_owned()).collect(),
                 has_page: true,
             };
@@ -171,7 +142,7 @@ mod tests {
             if let Some(origin) = origin {
                 request = request.header(header::ORIGIN, origin);
             }
-            let refusal = layer.refusal(&request.body(()).expect("a request"));
+            let refusal = guard.refusal(&request.body(()).expect("a request"));
             let status = refusal.map(|(status, _)| status.as_u16());
             assert_eq!(status, expected, "{origins:?} {method} {host} {origin:?}");
         };
