@@ -200,7 +200,7 @@ async fn saturated(
 /// Returns the sums of a metrics page over all graphs and devices.
 async fn page(addr: SocketAddr) -> anyhow::Result<Runs> {
     let mut stream = tokio::net::TcpStream::connect(addr).await?;
-    let request = "GET /metrics HTTP/1.1\r\nhost: gap\r\nconnection: close\r\n\r\n";
+    let request = "GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
     stream.write_all(request.as_bytes()).await?;
     let mut text = String::new();
     stream.read_to_string(&mut text).await?;

@@ -13,6 +13,7 @@ pub mod completions;
 mod contact_sheet;
 pub mod doctor;
 pub mod embed;
+pub mod environment;
 mod generate;
 mod input;
 pub mod loss;

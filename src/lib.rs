@@ -17,6 +17,7 @@
 // order.
 mod excerpt;
 mod files;
+mod nearest;
 mod sync;
 pub mod telemetry;
 

@@ -15,7 +15,8 @@ use imagegpt::commands::print::{Printer, Unread};
 use imagegpt::commands::probe::flags::ProbeCommand;
 use imagegpt::commands::serve::{OwnWorker, is_ready, start};
 use imagegpt::commands::{
-    self, CommandOutcome, ImageCommand, bench, compile, completions, doctor, embed, probe,
+    self, CommandOutcome, ImageCommand, bench, compile, completions, doctor, embed, environment,
+    probe,
 };
 use imagegpt::serve::config::{NetworkConfig, ServeConfig};
 use imagegpt::serve::devices::{FailureKind, WorkerFailure};
@@ -39,6 +40,9 @@ fn main() {
     let command = Cli::try_from_args(std::env::args_os().collect())
         .unwrap_or_else(|message| explain(&message))
         .command;
+    if command.warns_on_stderr() {
+        environment::print_unknown_variables();
+    }
     let outcome = match command {
         CliCommand::Serve(config) => serve(&config),
         CliCommand::Compile(args) => to_stdout(|out| compile::run(&args, out)),
@@ -102,6 +106,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 fn serve(config: &ServeConfig) -> anyhow::Result<i32> {
     config.validate()?;
     telemetry::init(&config.log)?;
+    environment::log_unknown_variables();
     let runtime = runtime()?;
     let code = runtime.block_on(async {
         let mut signals = Signals::new()?;
@@ -310,6 +315,7 @@ fn diagnose(args: &DoctorArgs) -> anyhow::Result<i32> {
 fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
     let terminal = Terminal::default();
     telemetry::init_to(&args.log, terminal.clone())?;
+    environment::log_unknown_variables();
     let runtime = runtime()?;
     let mut out = Printer::stdout(Unread::GoesOn);
     let ended = runtime.block_on(async {
@@ -358,6 +364,7 @@ fn job_code(ended: JobEnded, out: &Printer<std::io::Stdout>) -> i32 {
 fn run_probe(command: &ProbeCommand) -> anyhow::Result<i32> {
     let terminal = Terminal::default();
     telemetry::init_to(command.log(), terminal.clone())?;
+    environment::log_unknown_variables();
     let runtime = runtime()?;
     let mut out = Printer::stdout(Unread::GoesOn);
     let ended = runtime.block_on(async {

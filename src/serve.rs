@@ -16,6 +16,7 @@ pub(crate) mod fair;
 pub(crate) mod generate;
 pub(crate) mod handoff;
 pub mod heads;
+pub(crate) mod host;
 pub(crate) mod http;
 pub(crate) mod job;
 pub mod metrics;

@@ -15,9 +15,10 @@ use std::path::Path;
 
 /// Directories and files at the top of `src/`, each of which uses only those
 /// before it.
-const ORDER: [&str; 15] = [
+const ORDER: [&str; 16] = [
     "sync",
     "excerpt",
+    "nearest",
     "files",
     "telemetry",
     "kernels",

@@ -507,6 +507,50 @@ def alert_problems():
         yield f"deploy/RUNBOOK.md explains {name}, which is no alert"
 
 
+def thresholds(runbook):
+    """The rows of the runbook's tables of thresholds, as lists of cells."""
+    section = runbook.split("\n## Thresholds\n", 1)[-1].split("\n## ", 1)[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+    return [row for row in rows if row[0] != "symptom"]
+
+
+def threshold_problems(runbook, dashboard):
+    """Each alert is a row with its own expression, under its severity and with its time; other rows have
+    expressions of the dashboard."""
+    alerts = {rule["alert"]: rule for group in rule_groups()["groups"] for rule in group["rules"] if "alert" in rule}
+    shown = {target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])}
+    found = set()
+    for symptom, expression, warning, critical, reason, step in thresholds(runbook):
+        expression = expression.strip("`")
+        link = re.search(r"\(#(\w+)\)", symptom)
+        if not (symptom and reason and step and (warning or critical)):
+            yield f"the threshold of {symptom} lacks a value, a reason or a step"
+        if not link:
+            if expression not in shown:
+                yield f"the dashboard has no {expression}"
+            continue
+        name = next((name for name in alerts if name.lower() == link[1]), None)
+        if name is None:
+            yield f"{link[1]} is no alert"
+            continue
+        found.add(name)
+        rule = alerts[name]
+        if expression != " ".join(rule["expr"].split()):
+            yield f"the expression of {name} is not that of rules.yaml"
+        values = {"warning": warning, "critical": critical}
+        value = values.pop(rule["labels"]["severity"])
+        if not value or any(values.values()):
+            yield f"{name} is {rule['labels']['severity']} in rules.yaml"
+        number, unit = re.fullmatch(r"(\d+)([mh])", rule.get("for", "0m")).groups()
+        time = f"{number} {'min' if unit == 'm' else 'h'}"
+        # Beside days the ten minutes only bridge a moment.
+        if number != "0" and time not in value and "days" not in value:
+            yield f"{name} waits for {time}"
+    for name in sorted(set(alerts) - found):
+        yield f"{name} has no row among the thresholds of deploy/RUNBOOK.md"
+
+
 def metric_problems(exported, named):
     recorded = {rule["record"] for group in rule_groups()["groups"] for rule in group["rules"] if "record" in rule}
     for where, query in named:
@@ -565,6 +609,12 @@ def monitoring(binary, built):
         (scratch / "rules_test.yaml").write_text((MONITORING / "rules_test.yaml").read_text())
         check("promtool: unit tests of the rules", promtool(scratch, "test", "rules", "rules_test.yaml"))
     check("each alert has tests and a paragraph in the runbook", alert_problems())
+    runbook = (DEPLOY / "RUNBOOK.md").read_text()
+    check("the runbook's thresholds are those of the alerts and of the dashboard",
+          threshold_problems(runbook, dashboard))
+    planted = runbook.replace("> 0.05`", "> 0.5`").replace("2 digests or more for 1 h", "2 digests or more")
+    planted = planted.replace("](#imagegptrunsfail)", "](#imagegptrunsfailed)")
+    check("a wrong threshold is found", [] if len(list(threshold_problems(planted, dashboard))) >= 5 else ["none is"])
     check("HPA and KEDA scale alike", scaler_problems(built))
     with Worker(binary) as worker:
         worker.until_ready()

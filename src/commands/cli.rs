@@ -153,3 +153,23 @@ pub enum CliCommand {
     /// Write the manual pages: one page per command, for `man`
     Man(ManArgs),
 }
+
+impl CliCommand {
+    /// Returns true if the command has no log, and its warnings go to standard
+    /// error as lines. Completions and manual pages are made for a shell, at each
+    /// start of one.
+    pub fn warns_on_stderr(&self) -> bool {
+        match self {
+            Self::Serve(_)
+            | Self::Embed(_)
+            | Self::Probe(_)
+            | Self::Completions(_)
+            | Self::Man(_) => false,
+            Self::Compile(_)
+            | Self::Inspect(_)
+            | Self::Image(_)
+            | Self::Bench(_)
+            | Self::Doctor(_) => true,
+        }
+    }
+}

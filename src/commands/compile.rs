@@ -54,7 +54,8 @@ pub struct CompileArgs {
     #[arg(long, value_enum, default_value = "cpu")]
     pub provider: Provider,
 
-    /// Branch, tag or commit of a hub id [default: main]
+    /// Branch, tag or commit of a hub id [default: main]; says also that SOURCE
+    /// is a hub id where a directory has its owner's name
     #[arg(long, value_name = "REVISION")]
     pub revision: Option<String>,
 
@@ -87,6 +88,8 @@ pub struct InspectArgs {
 ///
 /// When the model cannot be read or compiled; the error says what to change.
 pub fn run(args: &CompileArgs, out: &mut impl Write) -> anyhow::Result<()> {
+    let source = ModelSource::parse(&args.source, args.revision.as_deref());
+    source.check()?;
     let library = onnx::find_library(args.library.onnxruntime.as_deref());
     let mut runtime = Runtime::new(onnx::environment(&library)?, args.provider)?;
     if args.portable {
@@ -108,7 +111,6 @@ pub fn run(args: &CompileArgs, out: &mut impl Write) -> anyhow::Result<()> {
     if args.provider == Provider::Cuda {
         onnx::probe(&runtime)?;
     }
-    let source = ModelSource::parse(&args.source, args.revision.as_deref());
     let mut progress = Bars::new();
     let manifest = compile(&source, &args.output, &options, &runtime, &mut progress)?;
     progress.end();

@@ -119,10 +119,12 @@ pub enum Diagnosis {
 ///
 /// When the flags cannot be used, or the report cannot be written.
 pub fn run(args: &DoctorArgs, out: &mut impl Write) -> anyhow::Result<Diagnosis> {
-    if let Some(model) = &args.model
-        && let ModelSource::Hub { repository, .. } = ModelSource::parse(model, None)
-    {
-        bail!("--model {repository} is not a directory, and the doctor downloads nothing");
+    if let Some(model) = &args.model {
+        let source = ModelSource::parse(model, None);
+        if let ModelSource::Hub { repository, .. } = source {
+            bail!("--model {repository} is not a directory, and the doctor downloads nothing");
+        }
+        source.check()?;
     }
     let id = args.devices.ids.first().copied().unwrap_or_default();
     if let Some(provider) = args.trial {

@@ -23,6 +23,7 @@ pub fn locate(
     runtime: impl FnOnce() -> anyhow::Result<Runtime>,
     progress: &mut dyn CompileProgress,
 ) -> anyhow::Result<PathBuf> {
+    source.check()?;
     if let ModelSource::Folder(folder) = source
         && (is_servable(folder) || weight_files(folder).is_err())
     {

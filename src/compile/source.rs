@@ -1,14 +1,16 @@
 //! Sources of models: a directory, a hub, or random weights.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::CompileProgress;
 use super::error::CompileError;
 use super::hub::Hub;
 use super::random::{self, PREFIX, ScratchFolder};
+use crate::model::ACCEPTED;
 use crate::model::error::ModelFileError;
+use crate::nearest::nearest_directory;
 
 pub(crate) use crate::model::settings::PREPROCESSOR;
 
@@ -51,6 +53,10 @@ impl fmt::Display for ModelSource {
 impl ModelSource {
     /// Parses the value that a user gave: a directory if it exists, else a
     /// shape with random weights (`random:SHAPE`) or a hub id (`owner/name`).
+    ///
+    /// Where `owner` is a directory, `owner/name` is more likely a mistyped
+    /// directory than a model of a hub; a revision, which only a hub has, says
+    /// otherwise.
     #[must_use]
     pub fn parse(text: &str, revision: Option<&str>) -> Self {
         let folder = PathBuf::from(text);
@@ -59,7 +65,8 @@ impl ModelSource {
         {
             return Self::Random(shape.to_owned());
         }
-        if folder.exists() || !is_repository(text) {
+        let is_beside = || revision.is_none() && folder.parent().is_some_and(Path::is_dir);
+        if folder.exists() || !is_repository(text) || is_beside() {
             return Self::Folder(folder);
         }
         Self::Hub {
@@ -68,25 +75,51 @@ impl ModelSource {
         }
     }
 
+    /// Refuses a directory that is not there, before anything is done.
+    ///
+    /// # Errors
+    ///
+    /// When the directory does not exist; the error names the directory that
+    /// exists and is most like it.
+    pub(crate) fn check(&self) -> Result<(), CompileError> {
+        let Self::Folder(folder) = self else {
+            return Ok(());
+        };
+        if folder.is_dir() {
+            return Ok(());
+        }
+        let what = if folder.exists() {
+            "this is not a directory"
+        } else {
+            "the directory does not exist"
+        };
+        let mut reason = match nearest_directory(folder) {
+            Some(near) => format!("{what}, and {} is one", near.display()),
+            None => format!("{what}; {ACCEPTED}"),
+        };
+        if folder.to_str().is_some_and(is_repository) {
+            reason.push_str("; a hub's model of that name needs --revision, such as main");
+        }
+        Err(ModelFileError::Read {
+            path: folder.clone(),
+            reason,
+        }
+        .into())
+    }
+
     /// Makes the source's files available on this machine.
     ///
     /// # Errors
     ///
     /// When the directory does not exist or the files cannot be downloaded.
     pub fn fetch(&self, progress: &mut dyn CompileProgress) -> Result<Local, CompileError> {
+        self.check()?;
         match self {
-            Self::Folder(folder) if folder.is_dir() => Ok(Local {
+            Self::Folder(folder) => Ok(Local {
                 folder: folder.clone(),
                 revision: None,
                 scratch: None,
             }),
-            Self::Folder(folder) => Err(ModelFileError::Read {
-                path: folder.clone(),
-                reason: "the directory does not exist, and this is not a hub id such as \
-                         openai/imagegpt-small"
-                    .to_owned(),
-            }
-            .into()),
             Self::Hub {
                 repository,
                 revision,
@@ -117,8 +150,11 @@ mod tests {
     fn kinds_of_sources_are_told_apart() {
         let is_hub = |text| matches!(ModelSource::parse(text, None), ModelSource::Hub { .. });
         assert!(is_hub("openai/imagegpt-small"));
-        // This package has a directory of that name.
+        // This package has a directory of that name, and one of the owner's.
         assert!(!is_hub("src/compile"));
+        assert!(!is_hub("models/emojy"));
+        let of_hub = ModelSource::parse("models/emojy", Some("main"));
+        assert!(matches!(of_hub, ModelSource::Hub { .. }));
         let random = ModelSource::Random("small".to_owned());
         assert_eq!(ModelSource::parse("random:small", None), random);
         assert_eq!(random.to_string(), "random:small");
@@ -131,6 +167,33 @@ mod tests {
             "a/",
         ] {
             assert!(!is_hub(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_mistyped_directory_is_refused_with_the_nearest_one() {
+        let refusal = |text: &str| {
+            let source = ModelSource::parse(text, None);
+            source.check().expect_err(text).to_string()
+        };
+        for (text, near) in [
+            ("models/emojy", "models/emoji is one; a hub's model"),
+            ("./modles/emoji", "./models/emoji is one"),
+            ("modles/emoji/", "models/emoji is one"),
+            ("models/untraind/", "models/untrained is one"),
+            ("../nowhere/at/all", "--model takes a directory"),
+            ("/nowhere", "--model takes a directory"),
+            ("~/nowhere", "--model takes a directory"),
+            ("nowhere", "--model takes a directory"),
+        ] {
+            let said = refusal(text);
+            let begin = format!("{text} cannot be read: the directory does not exist");
+            assert!(said.starts_with(&begin) && said.contains(near), "{said}");
+        }
+        let said = refusal("src/lib.rs");
+        assert!(said.contains("this is not a directory"), "{said}");
+        for fine in ["src/compile", "openai/imagegpt-small", "random:tiny"] {
+            ModelSource::parse(fine, None).check().expect(fine);
         }
     }
 }

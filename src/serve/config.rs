@@ -212,7 +212,8 @@ impl From<GenerateAttention> for GpuAttention {
 #[derive(Debug, Clone, Args)]
 pub struct CompileConfig {
     /// Branch, tag or commit of the model on the hub, if --model is a hub id
-    /// [default: main]
+    /// [default: main]; says also that it is one where a directory has its
+    /// owner's name
     #[arg(long, env = "IMAGEGPT_REVISION", value_name = "REVISION")]
     pub revision: Option<String>,
 

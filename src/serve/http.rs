@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Request, StatusCode, header};
-use axum::response::IntoResponse;
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -17,9 +18,11 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, oneshot};
 use tower::ServiceExt as _;
+use tower_http::validate_request::{ValidateRequest, ValidateRequestHeaderLayer};
 
 use crate::serve::admission::Occupancy;
 use crate::serve::cache::AnswerCache;
+use crate::serve::host;
 use crate::serve::metrics::Metrics;
 use crate::serve::readiness::Readiness;
 use crate::telemetry;
@@ -43,6 +46,10 @@ const CONNECTION_TIME_MAX: Duration = Duration::from_secs(10);
 const RENDERS_MAX: usize = 1;
 /// Pause after an accept that failed, mostly for lack of file descriptors.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+/// Answer to a request under a name that is not loopback's.
+const OTHER_HOST: &str = "on loopback the port of --metrics-listen answers under localhost and \
+                          under addresses alone, so that no web page reads it from another name; \
+                          ask it by its address, or bind --metrics-listen to another address\n";
 
 /// Sources of the values that the pages show.
 #[derive(Clone)]
@@ -56,11 +63,19 @@ pub(crate) struct PageSources {
 /// Serves the pages until the process ends: while the worker drains, a scrape
 /// can still see that.
 pub(crate) async fn serve(listener: TcpListener, pages: PageSources) {
+    // Elsewhere a name in the network's own DNS leads here, and a page from the
+    // internet reaches no more than any program there.
+    let is_loopback = listener
+        .local_addr()
+        .is_ok_and(|addr| addr.ip().to_canonical().is_loopback());
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
-        .with_state(pages);
+        .with_state(pages)
+        .layer(ValidateRequestHeaderLayer::custom(HostCheck {
+            is_loopback,
+        }));
     let free = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let places = Places::default();
     loop {
@@ -86,6 +101,30 @@ pub(crate) async fn serve(listener: TcpListener, pages: PageSources) {
                 _ = given_up => {}
             }
         });
+    }
+}
+
+/// Check that refuses requests that may come from another name's web page.
+#[derive(Debug, Clone, Copy)]
+struct HostCheck {
+    /// True if the port is bound to loopback.
+    is_loopback: bool,
+}
+
+impl ValidateRequest<Body> for HostCheck {
+    type ResponseBody = Body;
+
+    fn validate(&mut self, request: &mut Request<Body>) -> Result<(), Response> {
+        let answer = |status, text| (status, text).into_response();
+        if !host::has_one_host(request) {
+            return Err(answer(StatusCode::BAD_REQUEST, host::BAD_HOST));
+        }
+        let host = host::host(request);
+        // Browsers name a host in every request.
+        if self.is_loopback && !host.is_empty() && !host::cannot_be_moved(host) {
+            return Err(answer(StatusCode::MISDIRECTED_REQUEST, OTHER_HOST));
+        }
+        Ok(())
     }
 }
 

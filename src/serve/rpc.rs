@@ -44,6 +44,8 @@ use tonic::codec::CompressionEncoding;
 use tonic::service::Routes;
 use tonic::{Code, Request, Response, Status};
 use tower::Layer as _;
+use tower::util::option_layer;
+use tower_http::validate_request::ValidateRequestHeaderLayer;
 
 use self::arriving::Arrived;
 use self::calling::CallOrigin;
@@ -166,14 +168,16 @@ pub(crate) async fn serve(
         patience: Arc::new(patience),
     };
     // The outermost layer comes first; rejected calls are counted, too.
+    let one_host = http1.then_some(not_grpc::OneHost);
     let layers = (
-        tower::util::option_layer(own_pages),
-        tower::util::option_layer(web.page),
-        tower::util::option_layer(web.cors),
-        tower::util::option_layer(web.calls),
-        not_grpc::NotGrpcLayer { http1 },
+        option_layer(one_host.map(ValidateRequestHeaderLayer::custom)),
+        option_layer(own_pages.map(ValidateRequestHeaderLayer::custom)),
+        option_layer(web.page),
+        option_layer(web.cors),
+        option_layer(web.calls),
+        ValidateRequestHeaderLayer::custom(not_grpc::GrpcOnly { http1 }),
         observe,
-        auth,
+        ValidateRequestHeaderLayer::custom(auth),
     );
     let serve = move |connection: listen::Connection, farewell: listen::ConnectionEnd| {
         // The layer that counts a connection's calls is behind the layer that

@@ -9,6 +9,7 @@
 //! dropped and counted, as are spans that the collector does not take.
 
 mod export;
+mod headers;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -130,6 +131,7 @@ impl Traces {
         let Some(exporter) = export::exporter(config)? else {
             return Ok((Self::default(), None));
         };
+        headers::warn_of_lost();
         let (units, waiting) = mpsc::channel(UNITS_MAX);
         let n_bytes = Arc::<AtomicUsize>::default();
         let ratio = Sampler::TraceIdRatioBased(config.otlp_sample_ratio);

@@ -740,6 +740,70 @@ fn a_sheet_that_cannot_be_written_is_told_at_once() {
     }
 }
 
+/// A mistyped variable has no effect, which is said and is no error; the value,
+/// which may be a secret, is not repeated.
+#[test]
+fn variables_that_nothing_reads_are_named() {
+    let said = |arguments: &[&str], name: &str| {
+        let mut command = process::program();
+        command.args(arguments).env(name, "s3cret");
+        let output = command.output().expect("an end");
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        let said = process::said(&output);
+        assert!(!said.contains("s3cret"), "{said}");
+        said
+    };
+    let (wrong, right) = ("IMAGEGPT_MAX_BATCHSIZE", "IMAGEGPT_MAX_BATCH_SIZE");
+    for arguments in [
+        &["serve", "--model", "/nowhere", "--log-format", "json"][..],
+        &["serve", "--model", "/nowhere"],
+        &["inspect", "/nowhere"],
+        &["score", "--model", "/nowhere", PICTURES],
+    ] {
+        let text = said(arguments, wrong);
+        let lines = text.lines().filter(|line| line.contains(wrong));
+        let lines: Vec<&str> = lines.collect();
+        assert_eq!(lines.len(), 1, "{text}");
+        assert!(
+            lines[0].contains(right) && lines[0].contains("no effect"),
+            "{text}"
+        );
+        let text = said(arguments, "IMAGEGPT_BINARY");
+        assert!(!text.contains("no effect"), "{text}");
+    }
+}
+
+/// A path that is mistyped is no model of a hub: nothing is asked there.
+#[test]
+fn a_mistyped_directory_is_refused_before_the_hub_is_asked() {
+    let hub = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    hub.set_nonblocking(true).expect("set");
+    let address = format!("http://{}", hub.local_addr().expect("an address"));
+    let cache = tempfile::tempdir().expect("a folder");
+    let output = cache.path().join("out");
+    let output = output.to_str().expect("UTF-8");
+    for arguments in [
+        &["serve", "--model", "models/emojy"][..],
+        &["serve", "--model", "./modles/emoji"],
+        &["compile", "models/emojy", "--output", output],
+        &["tokenize", "--model", "models/emojy", PICTURES],
+        &["doctor", "--model", "models/emojy"],
+    ] {
+        let mut command = process::program();
+        command.args(arguments).env("HF_ENDPOINT", &address);
+        command.env("HF_HOME", cache.path());
+        let output = command.output().expect("an end");
+        let said = process::said(&output);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
+        assert!(
+            said.contains("models/emoji is one"),
+            "{arguments:?}: {said}"
+        );
+        let asked = hub.accept().expect_err("nobody asks");
+        assert_eq!(asked.kind(), std::io::ErrorKind::WouldBlock);
+    }
+}
+
 /// Runs the program with `input` on standard input.
 fn imagegpt(arguments: &[&str], input: &[u8]) -> Output {
     let mut child = process::program()

@@ -60,14 +60,15 @@ pub(crate) fn config(dir: &std::path::Path, flags: &[&str]) -> ServeConfig {
         dir,
         "--listen",
         "127.0.0.1:0",
-        "--metrics-listen",
-        "127.0.0.1:0",
         "--execution-provider",
         "cpu",
         "--intra-op-threads",
         "1",
     ];
-    let cli = Cli::try_parse_from(fixed.iter().chain(flags)).expect("flags that parse");
+    let is_given = flags.contains(&"--metrics-listen");
+    let metrics = [&["--metrics-listen", "127.0.0.1:0"][..], &[]][usize::from(is_given)];
+    let all = fixed.iter().chain(metrics).chain(flags);
+    let cli = Cli::try_parse_from(all).expect("flags that parse");
     cli.serve.validate().expect("flags that fit together");
     cli.serve
 }
@@ -401,7 +402,7 @@ pub(crate) async fn ask(addr: SocketAddr, method: &str, path: &str) -> (u16, Str
     let mut stream = tokio::net::TcpStream::connect(addr)
         .await
         .expect("a connection");
-    let request = format!("{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    let request = format!("{method} {path} HTTP/1.1\r\nhost: {addr}\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.expect("sent");
     let mut text = String::new();
     stream.read_to_string(&mut text).await.expect("a response");

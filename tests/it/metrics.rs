@@ -11,6 +11,7 @@ use tokio::net::TcpStream;
 
 use crate::harness::{self, embed, encoded};
 use crate::process;
+use crate::web::{ask_host, ask_whole};
 
 #[tokio::test]
 async fn every_series_exists_from_the_start_and_histograms_are_true() {
@@ -128,6 +129,90 @@ async fn the_port_serves_nothing_else() {
     running.end().await;
 }
 
+/// Returns the status of each page under a host.
+async fn statuses(addr: std::net::SocketAddr, host: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for path in ["/metrics", "/livez", "/readyz", "/nothing"] {
+        let (head, body) = ask_host(addr, &format!("GET {path} HTTP/1.1"), host, b"").await;
+        let status = head.split(' ').nth(1).unwrap_or("none").to_owned();
+        let has_series = String::from_utf8_lossy(&body).contains("imagegpt_ready");
+        assert_eq!(has_series, path == "/metrics" && status == "200", "{host}");
+        found.push(status);
+    }
+    found
+}
+
+/// A page of the internet whose name now means this machine sends that name.
+#[tokio::test]
+async fn on_loopback_pages_are_read_under_names_that_mean_this_machine_alone() {
+    let running = harness::fake(Script::default(), &[]).await;
+    let addr = running.worker.metrics_addr;
+    let port = addr.port();
+    for host in [
+        "127.0.0.1",
+        &addr.to_string(),
+        &format!("localhost:{port}"),
+        &format!("[::1]:{port}"),
+        // Of a proxy on this machine that passes on what it was asked for.
+        "10.1.2.3:8443",
+        "[2001:db8::1]:8443",
+        "",
+    ] {
+        let all = statuses(addr, host).await;
+        assert_eq!(all, ["200", "200", "200", "404"], "{host}");
+    }
+    for host in [
+        "evil.example",
+        &format!("evil.example:{port}"),
+        "127.0.0.1.evil.example",
+        "worker",
+    ] {
+        assert_eq!(statuses(addr, host).await, ["421"; 4], "{host}");
+    }
+    let target = format!("GET http://evil.example:{port}/metrics HTTP/1.1");
+    let (head, body) = ask_host(addr, &target, "localhost", b"").await;
+    assert!(head.starts_with("http/1.1 421 "), "{head}");
+    assert!(String::from_utf8_lossy(&body).contains("--metrics-listen"));
+    running.end().await;
+}
+
+/// In a cluster, scrapers and probes use names of services and pods.
+#[tokio::test]
+async fn beyond_loopback_pages_are_read_under_any_name() {
+    let running = harness::fake(Script::default(), &["--metrics-listen", "0.0.0.0:0"]).await;
+    let port = running.worker.metrics_addr.port();
+    let addr = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+    for host in ["worker.svc:9090", "10.1.2.3:9090", "localhost"] {
+        let all = statuses(addr, host).await;
+        assert_eq!(all, ["200", "200", "200", "404"], "{host}");
+    }
+    running.end().await;
+}
+
+/// Of two hosts a proxy may take one and the worker the other.
+#[tokio::test]
+async fn a_request_has_one_host() {
+    for flags in [&[][..], &["--metrics-listen", "0.0.0.0:0"]] {
+        let running = harness::fake(Script::default(), flags).await;
+        let port = running.worker.metrics_addr.port();
+        let addr = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+        for (head, expected) in [
+            ("HTTP/1.1\r\nhost: localhost", "200"),
+            ("HTTP/1.1\r\nhost: localhost\r\nhost: localhost", "400"),
+            ("HTTP/1.1\r\nhost: localhost\r\nhost: evil.example", "400"),
+            ("HTTP/1.1\r\nhost: evil example", "400"),
+            ("HTTP/1.1\r\nhost: user@localhost", "400"),
+            ("HTTP/1.1\r\nx: y", "400"),
+            ("HTTP/1.0\r\nx: y", "200"),
+            ("HTTP/1.0\r\nhost: localhost\r\nhost: localhost", "400"),
+        ] {
+            let (answer, _) = ask_whole(addr, &format!("GET /livez {head}"), b"").await;
+            assert_eq!(answer.split(' ').nth(1), Some(expected), "{head}: {answer}");
+        }
+        running.end().await;
+    }
+}
+
 /// Sends a probe, and returns its status and duration.
 async fn probe(addr: std::net::SocketAddr) -> (u16, Duration) {
     let started = Instant::now();
@@ -171,12 +256,12 @@ async fn probes_are_answered_beside_clients_that_hang() {
         (200, &b""[..]),
         (1000, b""),
         (200, b"GET /metrics HT"),
-        (1000, b"GET /livez HTTP/1.1\r\nhost: x\r\nx-half: "),
+        (1000, b"GET /livez HTTP/1.1\r\nhost: localhost\r\nx-half: "),
         (
             200,
-            b"POST /livez HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nhalf",
+            b"POST /livez HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\nhalf",
         ),
-        (200, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n"),
+        (200, b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n"),
     ] {
         let hanging = connections(addr, n.min(files_max / 2), sent).await;
         for _ in 0..5 {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use imagegpt::engine::fake::Script;
@@ -21,6 +21,7 @@ use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use opentelemetry_proto::tonic::trace::v1::status::StatusCode;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
+use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use crate::harness::{
@@ -35,9 +36,12 @@ const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PARENT: &str = "00f067aa0ba902b7";
 const METHOD: &str = "imagegpt.v1.ImageGptService/Embed";
 
-/// Collector that keeps what it gets.
+/// Collector that keeps what it gets, with the metadata of the first message.
 #[derive(Debug, Clone, Default)]
-struct Collector(Arc<Mutex<Vec<ExportTraceServiceRequest>>>);
+struct Collector(
+    Arc<Mutex<Vec<ExportTraceServiceRequest>>>,
+    Arc<OnceLock<MetadataMap>>,
+);
 
 #[tonic::async_trait]
 impl TraceService for Collector {
@@ -45,7 +49,9 @@ impl TraceService for Collector {
         &self,
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        self.0.lock().expect("no panic").push(request.into_inner());
+        let (metadata, _, message) = request.into_parts();
+        self.1.get_or_init(|| metadata);
+        self.0.lock().expect("no panic").push(message);
         Ok(Response::new(ExportTraceServiceResponse::default()))
     }
 }
@@ -326,14 +332,18 @@ async fn a_failed_call_has_the_stages_it_reached_and_its_status() {
         .iter()
         .map(|call| attribute(call, "rpc.grpc.status_code"));
     let mut codes: Vec<String> = codes.map(Option::unwrap_or_default).collect();
-    // A call that the client ended was cancelled.
+    // A call that the client ended was cancelled, or late in the worker as well.
     calls.retain(|call| attribute(call, "rpc.grpc.status_code").as_deref() != Some("1"));
     codes.retain(|code| code != "1");
+    codes.dedup();
     assert_eq!(codes, ["4", "3"]);
     let status = |call: &Span| call.status.clone().unwrap_or_default().code;
-    assert_eq!(status(&calls[0]), StatusCode::Error as i32);
+    let [late, .., wrong] = &calls[..] else {
+        panic!("{calls:#?}");
+    };
+    assert_eq!(status(late), StatusCode::Error as i32);
     assert_eq!(
-        status(&calls[1]),
+        status(wrong),
         StatusCode::Unset as i32,
         "the caller's fault"
     );
@@ -659,4 +669,43 @@ async fn the_access_log_has_a_line_per_call_with_times_as_numbers() {
     ];
     let sum: f64 = stages.iter().map(|name| ms(name)).sum();
     assert!((sum - ms("total_ms")).abs() < 0.01, "{event}");
+}
+
+/// A header that cannot be read is missing at the collector, which is said at the
+/// start; the others are sent.
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_that_cannot_be_read_are_named_and_the_others_are_sent() {
+    let (collector, addr) = Collector::start().await;
+    let (url, model) = (format!("http://{addr}"), harness::model_dir("micro"));
+    let model = model.to_str().expect("an UTF-8 path").to_owned();
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("log");
+    let log = std::fs::File::create(&path).expect("a file");
+    let started = tokio::task::spawn_blocking(move || {
+        let mut flags = vec!["--model", &model, "--fake-engine", "0s"];
+        flags.extend(["--otlp-endpoint", &url, "--log-format", "json"]);
+        let headers = "x-team=vision,Bearer s3cret,x-none=,authorization=Bearer%20t0ken";
+        process::Worker::start_with(&flags, &[("OTEL_EXPORTER_OTLP_HEADERS", headers)], log)
+    });
+    let worker = started.await.expect("a worker");
+    let mut client = harness::Client::connect(worker.url())
+        .await
+        .expect("a connection");
+    client.embed(embed(vec![flat(1)])).await.expect("served");
+    drop(client);
+    // The last spans are sent.
+    tokio::task::spawn_blocking(|| worker.end())
+        .await
+        .expect("an end");
+    let metadata = collector.1.get().expect("a message");
+    assert_eq!(metadata.get("x-team").expect("sent"), "vision");
+    assert_eq!(metadata.get("authorization").expect("sent"), "Bearer t0ken");
+    let log = std::fs::read_to_string(path).expect("a log");
+    assert!(!log.contains("s3cret") && !log.contains("t0ken"), "{log}");
+    let mut lines = log.lines().filter(|line| line.contains("OTLP_HEADERS"));
+    let line = lines.next().unwrap_or_else(|| panic!("{log}"));
+    let event: serde_json::Value = serde_json::from_str(line).expect("JSON");
+    assert_eq!(event["level"], "WARN");
+    assert_eq!((event["entries"].as_u64(), lines.next()), (Some(2), None));
+    assert_eq!(event["first"], "entry 2: it is no NAME=VALUE");
 }

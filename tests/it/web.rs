@@ -20,11 +20,20 @@ pub(crate) async fn ask_host(
     host: &str,
     body: &[u8],
 ) -> (String, Vec<u8>) {
+    ask_whole(addr, &format!("{head}\r\nhost: {host}"), body).await
+}
+
+/// Sends a request with the hosts that its head has, as [`ask`] does.
+pub(crate) async fn ask_whole(
+    addr: std::net::SocketAddr,
+    head: &str,
+    body: &[u8],
+) -> (String, Vec<u8>) {
     let mut stream = tokio::net::TcpStream::connect(addr)
         .await
         .expect("connected");
     let head = format!(
-        "{head}\r\nhost: {host}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        "{head}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     stream.write_all(head.as_bytes()).await.expect("sent");
@@ -152,6 +161,34 @@ async fn browsers_are_not_let_unless_asked_for() {
     .await;
     assert!(head.starts_with("http/1.1 505"), "{head}");
     running.end().await;
+}
+
+/// Of two hosts a proxy may take one and the worker the other.
+#[tokio::test]
+async fn a_request_over_http_1_has_one_host() {
+    for flags in [&["--grpc-web"][..], &["--playground"]] {
+        let running = harness::fake(Script::default(), flags).await;
+        let addr = running.worker.grpc_addr;
+        let call = framed(&embed(vec![tokens(seeded(5))]));
+        for (hosts, is_served) in [
+            ("\r\nhost: localhost", true),
+            ("\r\nhost: localhost\r\nhost: localhost", false),
+            ("\r\nhost: localhost\r\nhost: evil.example", false),
+            ("\r\nhost: evil.example\r\nhost: localhost", false),
+            ("\r\nhost: user@localhost", false),
+            ("", false),
+        ] {
+            let (answer, body) = ask_whole(addr, &format!("{EMBED}{hosts}"), &call).await;
+            let expected = if is_served { "200" } else { "400" };
+            assert_eq!(answer.split(' ').nth(1), Some(expected), "{hosts}");
+            assert_eq!(body.starts_with(b"a request over"), !is_served, "{hosts}");
+            let (page, _) = ask_whole(addr, &format!("GET / HTTP/1.1{hosts}"), b"").await;
+            let is_page = is_served && flags[0] == "--playground";
+            let expected = if is_page { "200" } else { "400" };
+            assert_eq!(page.split(' ').nth(1), Some(expected), "{hosts}");
+        }
+        running.end().await;
+    }
 }
 
 #[tokio::test]

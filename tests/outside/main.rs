@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use clap::CommandFactory as _;
 use imagegpt::commands::cli::{Cli, exit};
+use imagegpt::commands::environment::UnknownVariable;
 use prost::Message as _;
 use prost_types::field_descriptor_proto::{Label, Type};
 use prost_types::{DescriptorProto, EnumDescriptorProto, FileDescriptorSet};
@@ -132,6 +133,72 @@ fn flags_and_variables() {
     cli.build();
     describe_command(&cli, "", &mut text);
     compare("flags", &text);
+}
+
+/// Directories whose files may name variables.
+const NAMING: [&str; 12] = [
+    ".ci",
+    "benches",
+    "deploy",
+    "docs",
+    "examples",
+    "fuzz",
+    "models",
+    "python",
+    "scripts",
+    "src",
+    "tests",
+    "web/tests",
+];
+
+/// Adds the variables that the files below `path` name.
+fn add_variables(path: &Path, names: &mut BTreeSet<String>) {
+    let is_made =
+        |name: &std::ffi::OsStr| ["target", "node_modules"].iter().any(|made| name == *made);
+    if path.is_dir() {
+        for entry in std::fs::read_dir(path).expect("a folder") {
+            let entry = entry.expect("an entry");
+            if !is_made(&entry.file_name()) {
+                add_variables(&entry.path(), names);
+            }
+        }
+        return;
+    }
+    // Pictures and weights name none.
+    let Ok(text) = std::fs::read_to_string(path) else {
+        return;
+    };
+    for (at, prefix) in text.match_indices("IMAGEGPT_") {
+        let rest = text[at + prefix.len()..]
+            .chars()
+            .take_while(|c| c.is_ascii_uppercase() || c.is_ascii_digit() || *c == '_');
+        names.insert(format!("{prefix}{}", rest.collect::<String>()));
+    }
+}
+
+/// A worker warns of variables that nothing reads, and must not of those that
+/// another program of this repository does.
+#[test]
+fn all_variables_of_the_repository_are_known() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut names = BTreeSet::new();
+    for place in NAMING {
+        add_variables(&root.join(place), &mut names);
+    }
+    add_variables(&root.join("Makefile"), &mut names);
+    assert!(names.len() > 100, "{names:?}");
+    let unknown = UnknownVariable::among(names)
+        .into_iter()
+        .map(|one| one.name);
+    // Mistakes and services of tests, and beginnings of names in prose.
+    let planted = [
+        "IMAGEGPT_",
+        "IMAGEGPT_LISTNE",
+        "IMAGEGPT_MAX_BATCHSIZE",
+        "IMAGEGPT_QUUX",
+    ];
+    let unknown: Vec<String> = unknown.collect();
+    assert_eq!(unknown, planted);
 }
 
 #[test]

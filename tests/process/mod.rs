@@ -84,7 +84,7 @@ pub(crate) fn get(addr: SocketAddr, path: &str) -> String {
     };
     let limit = stream.set_read_timeout(Some(PATIENCE));
     limit.expect("a limit of time");
-    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {addr}\r\nconnection: close\r\n\r\n");
     if stream.write_all(request.as_bytes()).is_ok() {
         let _ = stream.read_to_string(&mut text);
     }
@@ -111,18 +111,30 @@ impl Worker {
     /// ports were free a moment ago; the system cannot choose them, since the
     /// log, which would name them, is not read.
     pub(crate) fn start(flags: &[&str], log: impl Into<Stdio>) -> Self {
+        Self::start_with(flags, &[], log)
+    }
+
+    /// Starts a worker as [`Self::start`] does, with variables of the
+    /// environment.
+    pub(crate) fn start_with(
+        flags: &[&str],
+        variables: &[(&str, &str)],
+        log: impl Into<Stdio>,
+    ) -> Self {
         let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
-        Self::at(free_port(), free_port(), flags, log)
+        Self::at(free_port(), free_port(), flags, variables, log)
     }
 
     fn at(
         grpc: SocketAddr,
         metrics: SocketAddr,
         flags: Vec<String>,
+        variables: &[(&str, &str)],
         log: impl Into<Stdio>,
     ) -> Self {
         let child = program()
             .arg("serve")
+            .envs(variables.iter().copied())
             .args(["--listen", &grpc.to_string()])
             .args(["--metrics-listen", &metrics.to_string()])
             .args(&flags)
@@ -265,7 +277,13 @@ impl Worker {
     }
 
     fn another(&self) -> Self {
-        Self::at(self.grpc, self.metrics, self.flags.clone(), Stdio::null())
+        Self::at(
+            self.grpc,
+            self.metrics,
+            self.flags.clone(),
+            &[],
+            Stdio::null(),
+        )
     }
 }
 

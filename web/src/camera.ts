@@ -1,16 +1,16 @@
 // Pictures from the camera, where the browser allows it: on loopback and over
 // TLS.
 
-import { byId } from "./dom.ts";
+import { byId } from "./elements.ts";
 import { pngOf } from "./paint.ts";
 
 /** Offers the camera, and calls `take` with each picture as a PNG file. */
 export function openCamera(take: (png: Uint8Array<ArrayBuffer>) => void): void {
-  const open = byId("open-camera", HTMLButtonElement);
-  const dialog = byId("camera", HTMLDialogElement);
-  const title = byId("camera-title", HTMLHeadingElement);
-  const video = byId("video", HTMLVideoElement);
-  const shoot = byId("shoot", HTMLButtonElement);
+  const open = byId("open-camera");
+  const dialog = byId("camera");
+  const title = byId("camera-title");
+  const video = byId("video");
+  const shoot = byId("shoot");
   let stream: MediaStream | undefined;
   open.hidden = navigator.mediaDevices === undefined;
   open.addEventListener("click", async () => {
@@ -38,7 +38,7 @@ export function openCamera(take: (png: Uint8Array<ArrayBuffer>) => void): void {
     dialog.close();
     take(png);
   });
-  byId("close-camera", HTMLButtonElement).addEventListener("click", () => dialog.close());
+  byId("close-camera").addEventListener("click", () => dialog.close());
   dialog.addEventListener("close", () => {
     for (const track of stream?.getTracks() ?? []) {
       track.stop();

@@ -1,7 +1,8 @@
 // Completions: what is kept, the options, and samples that grow row by row.
 
 import { command, keywords, python, pythonString, showCode } from "./commands.ts";
-import { byId, button, chosen, count, decimals, make, onChoice, save } from "./dom.ts";
+import { button, chosen, count, decimals, make, onChoice, save } from "./dom.ts";
+import { byId } from "./elements.ts";
 import {
   type GenerateResponse,
   type GetModelResponse,
@@ -10,24 +11,25 @@ import {
 import { explain, moved, tell } from "./look.ts";
 import { colorOf, paint, paintRow, pngOf } from "./paint.ts";
 import { ALPHAS, FITS, type Picture, type Switches } from "./pictures.ts";
-import { call, problemOf, refusal, worker } from "./worker.ts";
+import { type Encoded, primerOf } from "./sent.ts";
+import { call, problemOf, refusal, workerWith } from "./worker.ts";
 
 type Keep = "rows" | "mask" | "nothing";
 
 /** Rows between two announcements of the progress. */
 const SAY_ROWS = 8;
 
-const form = byId("complete-form", HTMLFormElement);
-const canvas = byId("keep", HTMLCanvasElement);
-const frame = byId("keep-frame", HTMLDivElement);
-const line = byId("line", HTMLDivElement);
-const brush = byId("brush", HTMLDivElement);
-const caption = byId("keep-caption", HTMLParagraphElement);
-const state = byId("complete-state", HTMLParagraphElement);
-const problem = byId("complete-problem", HTMLParagraphElement);
-const start = byId("start", HTMLButtonElement);
-const stop = byId("stop", HTMLButtonElement);
-const list = byId("samples-out", HTMLUListElement);
+const form = byId("complete-form");
+const canvas = byId("keep");
+const frame = byId("keep-frame");
+const line = byId("line");
+const brush = byId("brush");
+const caption = byId("keep-caption");
+const state = byId("complete-state");
+const problem = byId("complete-problem");
+const start = byId("start");
+const stop = byId("stop");
+const list = byId("samples-out");
 
 let model: GetModelResponse | undefined;
 let picture: Picture | undefined;
@@ -43,10 +45,10 @@ export function setModel(to: GetModelResponse): void {
   model = to;
   const can = to.tasks.includes(Task.GENERATE);
   form.hidden = !can;
-  byId("complete-missing", HTMLParagraphElement).hidden = can;
-  byId("complete-code", HTMLDivElement).parentElement?.toggleAttribute("hidden", !can);
-  const limit = (id: string, max: number) => {
-    const field = byId(id, HTMLInputElement);
+  byId("complete-missing").hidden = can;
+  byId("complete-code").parentElement?.toggleAttribute("hidden", !can);
+  const limit = (id: "samples" | "top-k", max: number) => {
+    const field = byId(id);
     field.max = String(max);
     clamp(field);
   };
@@ -96,8 +98,8 @@ function show(): void {
   frame.hidden = how === "nothing";
   line.hidden = how !== "rows";
   brush.hidden = how !== "mask";
-  byId("mask-tools", HTMLDivElement).hidden = how !== "mask";
-  byId("brush-tools", HTMLFieldSetElement).disabled = how !== "mask";
+  byId("mask-tools").hidden = how !== "mask";
+  byId("brush-tools").disabled = how !== "mask";
   const palette = model?.paletteRgb8;
   if (palette) {
     paint(
@@ -133,14 +135,14 @@ interface Options {
   scale: number;
 }
 
-/** Fields of numbers, by their names in a sentence. */
-const NUMBERS: Record<string, { name: string; isWhole: boolean }> = {
-  samples: { name: "Samples", isWhole: true },
-  temperature: { name: "Temperature", isWhole: false },
-  "top-k": { name: "Top-k", isWhole: true },
-  "top-p": { name: "Top-p", isWhole: false },
-  "scale-png": { name: "Pixels of the PNG per pixel", isWhole: true },
-};
+/** Fields of numbers, each with its name in a sentence. */
+const NUMBERS = [
+  { id: "samples", name: "Samples", isWhole: true },
+  { id: "temperature", name: "Temperature", isWhole: false },
+  { id: "top-k", name: "Top-k", isWhole: true },
+  { id: "top-p", name: "Top-p", isWhole: false },
+  { id: "scale-png", name: "Pixels of the PNG per pixel", isWhole: true },
+] as const;
 const SEED_MAX = 2n ** 64n - 1n;
 
 /** What the commands show: the options when all fields were last right. */
@@ -150,8 +152,8 @@ let written: Options = { samples: 4, temperature: 1, topK: 0, topP: 1, seed: 7n,
  * form is not validated by browsers, which know no steps as mere hints. */
 function faults(): [field: HTMLInputElement, sentence: string][] {
   const found: [HTMLInputElement, string][] = [];
-  for (const [id, { name, isWhole }] of Object.entries(NUMBERS)) {
-    const field = byId(id, HTMLInputElement);
+  for (const { id, name, isWhole } of NUMBERS) {
+    const field = byId(id);
     const value = field.valueAsNumber;
     const isIn = value >= Number(field.min) && value <= Number(field.max);
     if (!isIn || (isWhole && !Number.isInteger(value))) {
@@ -159,7 +161,7 @@ function faults(): [field: HTMLInputElement, sentence: string][] {
       found.push([field, `${name} takes a ${kind} from ${field.min} to ${field.max}: change it.`]);
     }
   }
-  const seed = byId("seed", HTMLInputElement);
+  const seed = byId("seed");
   const text = seed.value.trim();
   if (text !== "" && !(/^[0-9]+$/.test(text) && BigInt(text) <= SEED_MAX)) {
     found.push([
@@ -172,8 +174,8 @@ function faults(): [field: HTMLInputElement, sentence: string][] {
 
 /** Returns the options in the fields, which are right. */
 function options(): Options {
-  const number = (id: string) => byId(id, HTMLInputElement).valueAsNumber;
-  const seed = byId("seed", HTMLInputElement).value.trim();
+  const number = (id: (typeof NUMBERS)[number]["id"]) => byId(id).valueAsNumber;
+  const seed = byId("seed").value.trim();
   return {
     samples: number("samples"),
     temperature: number("temperature"),
@@ -195,8 +197,7 @@ function clamp(field: HTMLInputElement): void {
 function showCommands(): void {
   const from = keep();
   const wrong = new Set(faults().map(([field]) => field));
-  for (const id of [...Object.keys(NUMBERS), "seed"]) {
-    const field = byId(id, HTMLInputElement);
+  for (const field of [...NUMBERS.map(({ id }) => byId(id)), byId("seed")]) {
     field.setAttribute("aria-invalid", String(wrong.has(field)));
   }
   if (wrong.size === 0) {
@@ -216,7 +217,7 @@ function showCommands(): void {
     "for drawn in images:",
     `    drawn.image.save(f"sample-{drawn.sample}.png")`,
   ];
-  const into = byId("complete-code", HTMLDivElement);
+  const into = byId("complete-code");
   if (from === "nothing") {
     const program = python([`images = client.generate(${sampling.slice(2)})`, ...write]);
     showCode(into, program, command("generate", [], flags));
@@ -269,24 +270,19 @@ function makeSamples(n: number, from: Keep): Sample[] {
   return samples;
 }
 
-function primer(from: Keep) {
+function primer(from: Keep): Encoded {
   if (from === "nothing" || !picture) {
-    return { case: undefined };
+    return [];
   }
   const { fit, alpha } = switches;
-  const source = { case: "encoded" as const, value: picture.bytes };
   const kept =
     from === "rows"
       ? { case: "rows" as const, value: keptRows }
       : { case: "mask" as const, value: mask.slice() };
-  return {
-    case: "image" as const,
-    value: {
-      image: { source },
-      preprocess: { fit: FITS[fit], alpha: ALPHAS[alpha] },
-      keep: kept,
-    },
-  };
+  return primerOf(picture.file, {
+    preprocess: { fit: FITS[fit], alpha: ALPHAS[alpha] },
+    keep: kept,
+  });
 }
 
 async function draw(): Promise<void> {
@@ -314,8 +310,8 @@ async function draw(): Promise<void> {
   // The browser's own clock, for whoever measures the page.
   performance.clearMarks("first-row");
   performance.mark("draw");
+  const client = workerWith(primer(from));
   const request = {
-    primer: primer(from),
     ...given,
     ...(seed === undefined ? {} : { seed }),
     logProbs: true,
@@ -324,7 +320,7 @@ async function draw(): Promise<void> {
   try {
     // A full worker rejects the call before its first message.
     const [first, rest] = await call(control.signal, async () => {
-      const stream = worker.generate(request, { signal: control.signal });
+      const stream = client.generate(request, { signal: control.signal });
       const messages = stream[Symbol.asyncIterator]();
       return [await messages.next(), messages] as const;
     });
@@ -409,7 +405,7 @@ function finish(
 }
 
 function brushSize(): number {
-  const size = Math.floor(byId("brush-size", HTMLInputElement).valueAsNumber || 1);
+  const size = Math.floor(byId("brush-size").valueAsNumber || 1);
   return Math.min(Math.max(size, 1), 16);
 }
 
@@ -505,7 +501,7 @@ function listenToBrush(): void {
     event.preventDefault();
     show();
   });
-  const size = byId("brush-size", HTMLInputElement);
+  const size = byId("brush-size");
   size.addEventListener("change", () => {
     size.value = String(brushSize());
     show();
@@ -514,9 +510,9 @@ function listenToBrush(): void {
     mask.fill(value);
     show();
   };
-  byId("mask-keep", HTMLButtonElement).addEventListener("click", fill(1));
-  byId("mask-draw", HTMLButtonElement).addEventListener("click", fill(0));
-  byId("mask-save", HTMLButtonElement).addEventListener("click", async () => {
+  byId("mask-keep").addEventListener("click", fill(1));
+  byId("mask-draw").addEventListener("click", fill(0));
+  byId("mask-save").addEventListener("click", async () => {
     const drawing = document.createElement("canvas");
     paint(drawing, model?.side ?? 32, (pixel) => (mask[pixel] === 1 ? [255, 255, 255] : [0, 0, 0]));
     save("mask.png", await pngOf(drawing), "image/png");

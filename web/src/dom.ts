@@ -2,15 +2,6 @@
 
 type Child = Node | string;
 
-/** Returns the element of `index.html` with an id. */
-export function byId<T extends HTMLElement>(id: string, kind: new () => T): T {
-  const element = document.getElementById(id);
-  if (!(element instanceof kind)) {
-    throw new Error(`index.html has no ${kind.name} #${id}`);
-  }
-  return element;
-}
-
 /** Makes an element with attributes and children. */
 export function make<K extends keyof HTMLElementTagNameMap>(
   tag: K,

@@ -2,30 +2,35 @@
 // its statistics.
 
 import { command, keywords, python, showCode, pythonString } from "./commands.ts";
-import { byId, count, decimals, make } from "./dom.ts";
+import { count, decimals, make } from "./dom.ts";
+import { byId } from "./elements.ts";
 import {
   type Classification,
+  ClassifyRequestSchema,
   type GetModelResponse,
   type Score,
+  ScoreRequestSchema,
   Task,
+  TokenizeRequestSchema,
 } from "./gen/imagegpt/v1/imagegpt_pb.ts";
 import { colorOf, floats, hex, paint, viridis } from "./paint.ts";
 import { ALPHAS, FITS, type Picture, shown, type Switches } from "./pictures.ts";
+import { imagesOf } from "./sent.ts";
 import { statistics } from "./statistics.ts";
-import { CALL_TIMEOUT_MS, call, problemOf, refusal, report, worker } from "./worker.ts";
+import { CALL_TIMEOUT_MS, call, problemOf, refusal, report, workerWith } from "./worker.ts";
 
 /** Classes that are shown of each head. */
 const CLASSES = 5;
 /** Most frequent colors that are shown. */
 const COLORS = 6;
 
-const frames = [byId("tokens-frame", HTMLDivElement), byId("map-frame", HTMLDivElement)];
-const canvas = byId("tokens", HTMLCanvasElement);
-const changesCanvas = byId("changes", HTMLCanvasElement);
-const mapCanvas = byId("map", HTMLCanvasElement);
-const problem = byId("look-problem", HTMLParagraphElement);
-const readout = byId("readout", HTMLParagraphElement);
-const section = byId("look", HTMLElement);
+const frames = [byId("tokens-frame"), byId("map-frame")];
+const canvas = byId("tokens");
+const changesCanvas = byId("changes");
+const mapCanvas = byId("map");
+const problem = byId("look-problem");
+const readout = byId("readout");
+const section = byId("look");
 /** What the readout says before a pixel is read. */
 const POINT = readout.textContent ?? "";
 
@@ -44,11 +49,11 @@ class Refused extends Error {}
 
 export function setModel(to: GetModelResponse): void {
   model = to;
-  byId("map-figure", HTMLElement).hidden = !to.tasks.includes(Task.SCORE);
+  byId("map-figure").hidden = !to.tasks.includes(Task.SCORE);
   const chance = Math.log(to.paletteRgb8.length / 3);
-  byId("scale-end", HTMLSpanElement).textContent =
+  byId("scale-end").textContent =
     `${decimals(chance, 1)}: a guess among ${count(to.paletteRgb8.length / 3, "color")}`;
-  const scale = byId("scale", HTMLCanvasElement);
+  const scale = byId("scale");
   const context = scale.getContext("2d");
   for (let x = 0; x < scale.width; x++) {
     if (context) {
@@ -72,11 +77,11 @@ async function tokensOf(
     return there;
   }
   const request = {
-    images: [{ source: { case: "encoded" as const, value: picture.bytes } }],
     preprocess: { fit: FITS[switches.fit], alpha: ALPHAS[switches.alpha] },
   };
+  const images = imagesOf(TokenizeRequestSchema.field.images, [picture.file]);
   const answer = await call(signal, () =>
-    worker.tokenize(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
+    workerWith(images).tokenize(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
   );
   const outcome = answer.results[0]?.outcome;
   if (outcome?.case !== "tokens") {
@@ -125,9 +130,9 @@ export async function look(
   take: (tokens: readonly number[]) => void,
 ): Promise<void> {
   tell(undefined, problem);
-  const original = byId("original", HTMLDivElement);
+  const original = byId("original");
   original.replaceChildren(shown(picture, picture.name));
-  byId("original-caption", HTMLSpanElement).textContent =
+  byId("original-caption").textContent =
     `${picture.name}, ${count(picture.bytes.length, "byte")}`;
   showCommands(picture, switches);
   section.setAttribute("aria-busy", "true");
@@ -159,9 +164,9 @@ export async function look(
 export function leave(): void {
   clear();
   tell(undefined, problem);
-  byId("original", HTMLDivElement).replaceChildren();
-  byId("original-caption", HTMLSpanElement).textContent = "";
-  byId("look-code", HTMLDivElement).replaceChildren();
+  byId("original").replaceChildren();
+  byId("original-caption").textContent = "";
+  byId("look-code").replaceChildren();
   section.removeAttribute("aria-busy");
 }
 
@@ -177,14 +182,14 @@ function clear(): void {
   }
   readout.textContent = POINT;
   changesCanvas.hidden = true;
-  for (const id of ["tokens-caption", "map-caption"]) {
-    byId(id, HTMLSpanElement).textContent = "";
+  for (const id of ["tokens-caption", "map-caption"] as const) {
+    byId(id).textContent = "";
   }
-  byId("classes", HTMLDivElement).replaceChildren();
-  byId("statistics", HTMLDListElement).replaceChildren();
-  byId("colors", HTMLDivElement).replaceChildren();
-  for (const id of ["fit-change", "alpha-change"]) {
-    byId(id, HTMLParagraphElement).textContent = "";
+  byId("classes").replaceChildren();
+  byId("statistics").replaceChildren();
+  byId("colors").replaceChildren();
+  for (const id of ["fit-change", "alpha-change"] as const) {
+    byId(id).textContent = "";
   }
 }
 
@@ -206,14 +211,14 @@ function showTokens(picture: Picture, found: readonly number[]): void {
       () => 170,
     );
   }
-  byId("tokens-caption", HTMLSpanElement).textContent =
+  byId("tokens-caption").textContent =
     `${side}×${side} color tokens` +
     (nChanged > 0 ? `; the switch changed ${count(nChanged, "token")}, the others are gray` : "");
   before = { picture, tokens: found };
   if (tokens !== found) {
     map = undefined;
     paint(mapCanvas, side, () => undefined);
-    byId("map-caption", HTMLSpanElement).textContent = "";
+    byId("map-caption").textContent = "";
   }
   tokens = found;
   showStatistics(undefined);
@@ -223,11 +228,11 @@ function showTokens(picture: Picture, found: readonly number[]): void {
 
 async function sayChanges(picture: Picture, switches: Switches, signal: AbortSignal) {
   const here = await tokensOf(picture, switches, signal);
-  const other = async (to: Switches, id: string, what: string) => {
+  const other = async (to: Switches, id: "fit-change" | "alpha-change", what: string) => {
     const there = await tokensOf(picture, to, signal);
     if (!signal.aborted) {
       const n = here.filter((token, pixel) => token !== there[pixel]).length;
-      byId(id, HTMLParagraphElement).textContent =
+      byId(id).textContent =
         n === 0 ? `${what} would change no token` : `${what} would change ${count(n, "token")}`;
     }
   };
@@ -246,13 +251,13 @@ async function sayChanges(picture: Picture, switches: Switches, signal: AbortSig
 
 async function score(picture: Picture, switches: Switches, signal: AbortSignal) {
   const request = {
-    images: [{ source: { case: "encoded" as const, value: picture.bytes } }],
     preprocess: { fit: FITS[switches.fit], alpha: ALPHAS[switches.alpha] },
     map: true,
     complexity: true,
   };
+  const images = imagesOf(ScoreRequestSchema.field.images, [picture.file]);
   const answer = await call(signal, () =>
-    worker.score(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
+    workerWith(images).score(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
   );
   if (signal.aborted || !model) {
     return;
@@ -267,7 +272,7 @@ async function score(picture: Picture, switches: Switches, signal: AbortSignal) 
   const chance = Math.log(model.paletteRgb8.length / 3);
   paint(mapCanvas, side, (pixel) => viridis((nats[pixel] ?? 0) / chance));
   const caption = `${decimals(outcome.value.natsPerToken, 2)} nats per token on average`;
-  byId("map-caption", HTMLSpanElement).textContent = caption;
+  byId("map-caption").textContent = caption;
   const worst = nats.indexOf(Math.max(...nats));
   mapCanvas.setAttribute("role", "img");
   mapCanvas.setAttribute(
@@ -298,7 +303,7 @@ function showStatistics(score: Score | undefined): void {
     );
   }
   lines.push(["Same as the pixel to the left", `${Math.round(100 * found.equalToLeft)} %`]);
-  byId("statistics", HTMLDListElement).replaceChildren(
+  byId("statistics").replaceChildren(
     ...lines.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]),
   );
   const most = found.counts[0]?.[1] ?? 1;
@@ -310,7 +315,7 @@ function showStatistics(score: Score | undefined): void {
     return bar(name, n / most, String(n));
   });
   const title = make("h4", {}, "Most frequent colors, in pixels");
-  byId("colors", HTMLDivElement).replaceChildren(title, make("ul", { class: "bars" }, ...rows));
+  byId("colors").replaceChildren(title, make("ul", { class: "bars" }, ...rows));
 }
 
 function bar(name: HTMLElement, share: number, value: string): HTMLLIElement {
@@ -354,7 +359,7 @@ function heads(switches: Switches): HeadCall[] {
 }
 
 async function classify(picture: Picture, switches: Switches, signal: AbortSignal) {
-  const into = byId("classes", HTMLDivElement);
+  const into = byId("classes");
   const calls = heads(switches);
   if (calls.length === 0) {
     into.replaceChildren(
@@ -365,7 +370,6 @@ async function classify(picture: Picture, switches: Switches, signal: AbortSigna
   const parts = await Promise.all(
     calls.map(async (head) => {
       const request = {
-        images: [{ source: { case: "encoded" as const, value: picture.bytes } }],
         preprocess: {
           fit: head.fit ? 0 : FITS[switches.fit],
           alpha: head.alpha ? 0 : ALPHAS[switches.alpha],
@@ -373,8 +377,9 @@ async function classify(picture: Picture, switches: Switches, signal: AbortSigna
         topK: CLASSES,
         head: head.name,
       };
+      const images = imagesOf(ClassifyRequestSchema.field.images, [picture.file]);
       const answer = await call(signal, () =>
-        worker.classify(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
+        workerWith(images).classify(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
       );
       const outcome = answer.results[0]?.outcome;
       if (outcome?.case !== "classification") {
@@ -431,7 +436,7 @@ function showCommands(picture: Picture, switches: Switches): void {
       ]),
     );
   }
-  showCode(byId("look-code", HTMLDivElement), python(lines), commands.join("\n"));
+  showCode(byId("look-code"), python(lines), commands.join("\n"));
 }
 
 function say(pixel: number): void {

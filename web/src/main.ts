@@ -1,7 +1,8 @@
 // The page that `imagegpt serve --playground` serves.
 
 import * as complete from "./complete.ts";
-import { byId, button, decimals, make } from "./dom.ts";
+import { button, decimals, make } from "./dom.ts";
+import { byId } from "./elements.ts";
 import { EXAMPLES } from "./examples.ts";
 import type { GetModelResponse } from "./gen/imagegpt/v1/imagegpt_pb.ts";
 import * as look from "./look.ts";
@@ -9,8 +10,8 @@ import * as neighbors from "./neighbors.ts";
 import * as pictures from "./pictures.ts";
 import { askModel, connect, type Problem, setToken } from "./worker.ts";
 
-const state = byId("state", HTMLDivElement);
-const tokenForm = byId("token-form", HTMLFormElement);
+const state = byId("state");
+const tokenForm = byId("token-form");
 
 let model: GetModelResponse | undefined;
 let showing = new AbortController();
@@ -72,12 +73,12 @@ function showModel(to: GetModelResponse): void {
   model = to;
   const where = to.devices.find((device) => device.name)?.name ?? to.executionProvider;
   const facts = [to.layers > 0 ? `${to.layers} layers` : "", to.precision, where];
-  byId("model", HTMLParagraphElement).replaceChildren(
+  byId("model").replaceChildren(
     "Model ",
     make("strong", {}, to.name),
     ` (${facts.filter(Boolean).join(", ")}), ${to.digest.slice(0, 15)}…, worker ${to.workerVersion}`,
   );
-  const notice = byId("notice", HTMLParagraphElement);
+  const notice = byId("notice");
   notice.textContent = to.notice;
   notice.hidden = !to.notice;
   if (isNew) {
@@ -113,7 +114,7 @@ function showProblem(problem: Problem | undefined): void {
   }
   state.replaceChildren(...parts);
   if (problem.kind === "token") {
-    byId("token", HTMLInputElement).focus();
+    byId("token").focus();
   }
 }
 
@@ -155,7 +156,7 @@ neighbors.listen();
 pictures.listen(update);
 tokenForm.addEventListener("submit", (event) => {
   event.preventDefault();
-  const field = byId("token", HTMLInputElement);
+  const field = byId("token");
   const fault = setToken(field.value.trim());
   field.value = "";
   if (fault === undefined) {

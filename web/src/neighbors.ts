@@ -2,12 +2,14 @@
 // stay in the page.
 
 import { command, keywords, python, pythonString, showCode } from "./commands.ts";
-import { byId, button, count, decimals, make } from "./dom.ts";
-import { type GetModelResponse, Task } from "./gen/imagegpt/v1/imagegpt_pb.ts";
+import { button, count, decimals, make } from "./dom.ts";
+import { byId } from "./elements.ts";
+import { EmbedRequestSchema, type GetModelResponse, Task } from "./gen/imagegpt/v1/imagegpt_pb.ts";
 import { explain, tell } from "./look.ts";
 import { floats } from "./paint.ts";
 import { ALPHAS, addExamples, choose, FITS, type Picture, shown, type Switches } from "./pictures.ts";
-import { CALL_TIMEOUT_MS, call, refusal, worker } from "./worker.ts";
+import { imagesOf, parts } from "./sent.ts";
+import { CALL_TIMEOUT_MS, call, refusal, workerWith } from "./worker.ts";
 
 /** Most neighbors of a picture that the command takes. */
 const COMMAND_NEIGHBORS_MAX = 16;
@@ -15,11 +17,18 @@ const COMMAND_NEIGHBORS_MAX = 16;
 const COMMAND_IMAGES_MAX = 48;
 /** Pictures of one call: a few, so that the list grows while it is made. */
 const CALL_IMAGES = 8;
+/** Bytes of the pictures of one call, unless one alone has more: a quarter of the
+ * worker's own limit, which takes a slow network a few seconds. */
+const CALL_BYTES = 16 << 20;
+/** Bytes of a call beside its pictures: options and layers take less. */
+const CALL_BYTES_BESIDE = 16 << 10;
+/** Bytes of a picture beside its file: two fields with lengths take less. */
+const IMAGE_BYTES_BESIDE = 16;
 
-const list = byId("neighbors", HTMLOListElement);
-const state = byId("near-state", HTMLParagraphElement);
-const problem = byId("near-problem", HTMLParagraphElement);
-const slider = byId("layer", HTMLInputElement);
+const list = byId("neighbors");
+const state = byId("near-state");
+const problem = byId("near-problem");
+const slider = byId("layer");
 
 let model: GetModelResponse | undefined;
 /** Layers that one run of the model gives. */
@@ -33,10 +42,10 @@ const known = new WeakMap<Picture, Map<string, Float32Array | string>>();
 export function setModel(to: GetModelResponse): void {
   model = to;
   const can = to.tasks.includes(Task.EMBED);
-  byId("near-missing", HTMLParagraphElement).hidden = can;
+  byId("near-missing").hidden = can;
   state.hidden = !can;
   layers = to.layersServed.filter((layer) => layer <= to.layerDefault);
-  byId("layer-row", HTMLParagraphElement).hidden = layers.length < 2;
+  byId("layer-row").hidden = layers.length < 2;
   slider.max = String(Math.max(layers.length - 1, 0));
   slider.value = slider.max;
   showLayer();
@@ -50,7 +59,7 @@ export function forget(pictures: readonly Picture[]): void {
 
 function showLayer(): void {
   const layer = layers[Number(slider.value)];
-  byId("layer-value", HTMLOutputElement).textContent = `${layer ?? ""}`;
+  byId("layer-value").textContent = `${layer ?? ""}`;
   slider.setAttribute("aria-valuetext", `layer ${layer}`);
 }
 
@@ -72,14 +81,19 @@ export async function compare(
   }
   const key = `${switches.fit} ${switches.alpha}`;
   const missing = pictures.filter((each) => !known.get(each)?.has(key));
-  const size = Math.min(CALL_IMAGES, model.limits?.imagesPerCallMax || CALL_IMAGES);
+  const limits = model.limits;
+  const nMax = Math.min(CALL_IMAGES, limits?.imagesPerCallMax || CALL_IMAGES);
+  const bytesMax = Number(limits?.requestBytesMax || CALL_BYTES) - CALL_BYTES_BESIDE;
+  const size = (picture: Picture) => picture.file.size + IMAGE_BYTES_BESIDE;
+  let nLeft = missing.length;
   try {
-    for (let at = 0; at < missing.length; at += size) {
-      state.textContent = `Embedding ${count(missing.length - at, "picture")} …`;
-      await embed(missing.slice(at, at + size), key, switches, signal);
+    for (const part of parts(missing, nMax, Math.min(CALL_BYTES, bytesMax), size)) {
+      state.textContent = `Embedding ${count(nLeft, "picture")} …`;
+      await embed(part, key, switches, signal);
       if (signal.aborted) {
         return;
       }
+      nLeft -= part.length;
     }
     show();
   } catch (reason) {
@@ -92,13 +106,16 @@ export async function compare(
 
 async function embed(part: Picture[], key: string, switches: Switches, signal: AbortSignal) {
   const request = {
-    images: part.map((picture) => ({ source: { case: "encoded" as const, value: picture.bytes } })),
     preprocess: { fit: FITS[switches.fit], alpha: ALPHAS[switches.alpha] },
     normalize: true,
     layers,
   };
+  const images = imagesOf(
+    EmbedRequestSchema.field.images,
+    part.map((picture) => picture.file),
+  );
   const answer = await call(signal, () =>
-    worker.embed(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
+    workerWith(images).embed(request, { signal, timeoutMs: CALL_TIMEOUT_MS }),
   );
   part.forEach((picture, i) => {
     const outcome = answer.results[i]?.outcome;
@@ -158,7 +175,7 @@ function show(): void {
 }
 
 function showCommands(): void {
-  const into = byId("near-code", HTMLDivElement);
+  const into = byId("near-code");
   const { pictures, switches } = shownNow ?? {};
   if (!pictures || !switches) {
     into.replaceChildren();
@@ -198,5 +215,5 @@ export function listen(): void {
     showLayer();
     show();
   });
-  byId("add-examples", HTMLButtonElement).addEventListener("click", addExamples);
+  byId("add-examples").addEventListener("click", addExamples);
 }

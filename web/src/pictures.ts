@@ -1,9 +1,11 @@
 // Pictures on the page, the one that is chosen, and the switches.
 
-import { byId, button, chosen, count, make, onChoice } from "./dom.ts";
+import { button, chosen, count, make, onChoice } from "./dom.ts";
+import { byId } from "./elements.ts";
 import { EXAMPLES } from "./examples.ts";
 import { openCamera } from "./camera.ts";
 import type { Alpha, Fit } from "./commands.ts";
+import { preview } from "./preview.ts";
 import {
   Alpha as AlphaValue,
   Fit as FitValue,
@@ -22,10 +24,11 @@ export interface Picture {
   /** Name that it came with. */
   given: string;
   bytes: Uint8Array<ArrayBuffer>;
-  /** Address of the bytes within the browser. */
-  url: string;
-  /** True for pictures that the browser cannot show, such as TIFF. */
-  isHidden: boolean;
+  /** The bytes as the browser keeps them, which calls send from there. */
+  file: Blob;
+  /** Address within the browser of what the page shows: the file, or a smaller
+   * picture made of it; none if the browser cannot show it, such as TIFF. */
+  url: Promise<string | undefined>;
 }
 
 /** Options of preprocessing. */
@@ -49,8 +52,8 @@ let nextId = 1;
 let bytesMax = Number.POSITIVE_INFINITY;
 let changed: () => void = () => {};
 
-const tray = byId("tray", HTMLUListElement);
-const problem = byId("tray-problem", HTMLParagraphElement);
+const tray = byId("tray");
+const problem = byId("tray-problem");
 
 export function all(): readonly Picture[] {
   return pictures;
@@ -70,15 +73,14 @@ export function switches(): Switches {
 
 /** Returns an image that shows a picture, or a word where the browser cannot. */
 export function shown(picture: Picture, alt: string): HTMLElement {
-  const word = () =>
-    make("span", { class: "unseen" }, "This browser cannot show the file; the worker reads it.");
-  if (picture.isHidden) {
-    return word();
-  }
-  const image = make("img", { src: picture.url, alt });
-  image.addEventListener("error", () => {
-    picture.isHidden = true;
-    image.replaceWith(word());
+  const image = make("img", { alt });
+  void picture.url.then((url) => {
+    if (url !== undefined) {
+      image.src = url;
+      return;
+    }
+    const said = "This browser cannot show the file; the worker reads it.";
+    image.replaceWith(make("span", { class: "unseen" }, said));
   });
   return image;
 }
@@ -181,13 +183,14 @@ function put(
   if (bytes.length > bytesMax) {
     return { name: given, size: bytes.length, why: "large" };
   }
+  const file = new Blob([bytes]);
   const picture: Picture = {
     id: nextId++,
     name: freeName(given),
     given,
     bytes,
-    url: URL.createObjectURL(new Blob([bytes])),
-    isHidden: false,
+    file,
+    url: preview(file),
   };
   pictures.push(picture);
   tray.append(thumb(picture));
@@ -210,7 +213,16 @@ export function addExamples(): void {
 }
 
 function same(a: Uint8Array, b: Uint8Array): boolean {
-  return a.length === b.length && a.every((byte, i) => byte === b[i]);
+  if (a.length !== b.length) {
+    return false;
+  }
+  // A loop, since a call for each byte of a large file stalls the page.
+  for (let i = 0; i < a.length; i++) {
+    if (a[i] !== b[i]) {
+      return false;
+    }
+  }
+  return true;
 }
 
 function say(sentence: string | undefined): void {
@@ -242,7 +254,7 @@ export function choose(picture: Picture): void {
 function drop(picture: Picture, item: HTMLLIElement): void {
   const at = pictures.indexOf(picture);
   pictures.splice(at, 1);
-  URL.revokeObjectURL(picture.url);
+  void picture.url.then((url) => url && URL.revokeObjectURL(url));
   const beside = pictures[at] ?? pictures[at - 1];
   item.remove();
   say(undefined);
@@ -253,7 +265,7 @@ function drop(picture: Picture, item: HTMLLIElement): void {
     }
   }
   const focus = beside && tray.querySelector<HTMLElement>(`[data-id="${beside.id}"] .thumb`);
-  (focus ?? byId("choose", HTMLButtonElement)).focus();
+  (focus ?? byId("choose")).focus();
   changed();
 }
 
@@ -282,13 +294,13 @@ async function addFiles(files: Iterable<File>): Promise<void> {
 /** Listens to files, drops, pastes, examples, the camera and the switches. */
 export function listen(onChange: () => void): void {
   changed = onChange;
-  const files = byId("files", HTMLInputElement);
-  byId("choose", HTMLButtonElement).addEventListener("click", () => files.click());
+  const files = byId("files");
+  byId("choose").addEventListener("click", () => files.click());
   files.addEventListener("change", () => {
     void addFiles([...(files.files ?? [])]);
     files.value = "";
   });
-  const zone = byId("drop", HTMLDivElement);
+  const zone = byId("drop");
   document.addEventListener("dragover", (event) => {
     event.preventDefault();
     zone.classList.add("over");
@@ -310,7 +322,7 @@ export function listen(onChange: () => void): void {
       void addFiles(pasted);
     }
   });
-  byId("examples", HTMLUListElement).append(
+  byId("examples").append(
     ...EXAMPLES.map((example) => {
       const url = URL.createObjectURL(new Blob([example.bytes], { type: "image/png" }));
       const open = button("", () => add(example.name, example.bytes), { class: "thumb" });

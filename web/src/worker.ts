@@ -5,6 +5,7 @@ import { createGrpcWebTransport } from "@connectrpc/connect-web";
 import type { Status } from "./gen/google/rpc/status_pb.ts";
 import { ErrorInfoSchema, RetryInfoSchema } from "./gen/google/rpc/error_details_pb.ts";
 import { type GetModelResponse, ImageGptService } from "./gen/imagegpt/v1/imagegpt_pb.ts";
+import { type Encoded, sizeOf } from "./sent.ts";
 
 /** Time after which a call without a stream is given up. */
 export const CALL_TIMEOUT_MS = 120_000;
@@ -80,11 +81,33 @@ async function fetchOrLose(...given: Parameters<typeof fetch>): Promise<Response
   return new Response(body, { status, statusText, headers });
 }
 
+/** Bytes before the message in the body of a call: a flag and its length. */
+const ENVELOPE = 5;
+
+/** Adds encoded fields to the message in the body of a call. */
+function added(body: BodyInit | null | undefined, more: Encoded): BodyInit {
+  if (!(body instanceof Uint8Array)) {
+    throw new Error("the body of a call is no bytes");
+  }
+  const head = new Uint8Array(body);
+  const view = new DataView(head.buffer);
+  view.setUint32(1, head.length - ENVELOPE + sizeOf(more));
+  return new Blob([head, ...more]);
+}
+
+/** Returns a client of the worker that serves the page, whose calls have `more`
+ * behind the fields of their message: pictures, which are read where the browser
+ * keeps them, and not copied by the page. */
+export function workerWith(more: Encoded) {
+  const send: typeof fetch = (url, init) => fetchOrLose(url, { ...init, body: added(init?.body, more) });
+  return createClient(
+    ImageGptService,
+    createGrpcWebTransport({ baseUrl: ENDPOINT, interceptors: [authorize], fetch: send }),
+  );
+}
+
 /** Client of the worker that serves the page. */
-export const worker = createClient(
-  ImageGptService,
-  createGrpcWebTransport({ baseUrl: ENDPOINT, interceptors: [authorize], fetch: fetchOrLose }),
-);
+export const worker = workerWith([]);
 
 /** What went wrong, for a person. */
 export interface Problem {

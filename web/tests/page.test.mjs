@@ -59,6 +59,42 @@ function pixels(page, source) {
   }, source);
 }
 
+/** Keeps the bodies of all further calls: of those that the page takes from files a
+ * browser tells its tools nothing. Returns those of a method. */
+async function keepBodies(page) {
+  await page.evaluate(() => {
+    const send = window.fetch;
+    window.bodies = [];
+    window.fetch = async (request) => {
+      const body = new Uint8Array(await request.clone().arrayBuffer());
+      window.bodies.push({ url: request.url, body: body.toBase64() });
+      return send(request);
+    };
+  });
+  return async (method) => {
+    await page.waitForFunction((end) => window.bodies.some(({ url }) => url.endsWith(end)), `/${method}`);
+    const bodies = await page.evaluate(() => window.bodies);
+    const those = bodies.filter(({ url }) => url.endsWith(`/${method}`));
+    return those.map(({ body }) => Buffer.from(body, "base64"));
+  };
+}
+
+/** Returns a BMP file of one color and three bytes per pixel. */
+function bmp(width, height, shade) {
+  const row = Math.ceil((3 * width) / 4) * 4;
+  const file = Buffer.alloc(54 + row * height, shade);
+  file.fill(0, 0, 54);
+  file.write("BM");
+  file.writeUInt32LE(file.length, 2);
+  file.writeUInt32LE(54, 10);
+  file.writeUInt32LE(40, 14);
+  file.writeInt32LE(width, 18);
+  file.writeInt32LE(height, 22);
+  file.writeUInt16LE(1, 26);
+  file.writeUInt16LE(24, 28);
+  return file;
+}
+
 async function download(page, click) {
   const [file] = await Promise.all([page.waitForEvent("download"), click()]);
   return { name: file.suggestedFilename(), bytes: readFileSync(await file.path()) };
@@ -70,13 +106,10 @@ describe("pictures", () => {
       const page = await open(t);
       await shown(page, "rooster.png");
       const bytes = readFileSync(golden(name));
-      const sent = page.waitForRequest(
-        (request) =>
-          request.url().endsWith("/Tokenize") && (request.postDataBuffer()?.includes(bytes) ?? false),
-      );
+      const bodies = await keepBodies(page);
       await page.setInputFiles("#files", golden(name));
-      await sent;
       await shown(page, name);
+      assert.ok((await bodies("Tokenize")).some((body) => body.includes(bytes)));
       const folder = scratch(t);
       copyFileSync(golden(name), join(folder, name));
       const flags = ["--alpha", "white", "--scale", "1", "--preview", join(folder, "preview")];
@@ -165,6 +198,93 @@ describe("pictures", () => {
     await page.keyboard.press("ArrowRight");
     const said = await page.locator("#readout").textContent();
     assert.match(said, /^Row 2, column 2: token \d+, #[0-9a-f]{6}, [0-9.]+ nats/);
+  });
+});
+
+describe("large pictures", () => {
+  test("a BMP of 30 MB does not stall the page, which shows a smaller picture of it", async (t) => {
+    const page = await open(t);
+    await shown(page, "rooster.png");
+    const file = join(scratch(t), "large.bmp");
+    writeFileSync(file, bmp(4000, 2500, 90));
+    await page.evaluate(() => {
+      window.longest = 0;
+      let last = performance.now();
+      const tick = () => {
+        const now = performance.now();
+        window.longest = Math.max(window.longest, now - last);
+        last = now;
+        setTimeout(tick, 0);
+      };
+      tick();
+    });
+    await page.setInputFiles("#files", file);
+    await shown(page, "large.bmp");
+    const image = page.locator("#original img");
+    await image.evaluate((image) => image.decode());
+    assert.deepEqual(
+      await image.evaluate((image) => [image.naturalWidth, image.naturalHeight]),
+      [1024, 640],
+    );
+    // The same one everywhere.
+    const address = await image.getAttribute("src");
+    assert.equal(await page.locator('#tray [aria-pressed="true"] img').getAttribute("src"), address);
+    const longest = await page.evaluate(() => window.longest);
+    t.diagnostic(`longest pause ${Math.round(longest)} ms`);
+    assert.ok(longest < 1000, `${longest} ms`);
+  });
+
+  test("a large photograph that is turned is shown upright", async (t) => {
+    const page = await open(t);
+    await shown(page, "rooster.png");
+    const plain = await page.evaluate(async () => {
+      const canvas = new OffscreenCanvas(2000, 1000);
+      const context = canvas.getContext("2d");
+      context.fillRect(0, 0, 1000, 1000);
+      context.fillStyle = "white";
+      context.fillRect(1000, 0, 1000, 1000);
+      const blob = await canvas.convertToBlob({ type: "image/jpeg" });
+      return new Uint8Array(await blob.arrayBuffer()).toBase64();
+    });
+    const jpeg = Buffer.from(plain, "base64");
+    // Orientation 6: the left side of the file is the top of the picture.
+    const exif = Buffer.from("ffe100224578696600004d4d002a00000008000101120003000000010006000000000000", "hex");
+    const turned = Buffer.concat([jpeg.subarray(0, 2), exif, jpeg.subarray(2)]);
+    await page.setInputFiles("#files", { name: "turned.jpg", mimeType: "image/jpeg", buffer: turned });
+    await shown(page, "turned.jpg");
+    const image = page.locator("#original img");
+    await image.evaluate((image) => image.decode());
+    const found = await image.evaluate((image) => {
+      const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
+      const context = canvas.getContext("2d");
+      context.drawImage(image, 0, 0);
+      const isWhite = (y) => context.getImageData(canvas.width / 2, y, 1, 1).data[0] > 128;
+      return [canvas.width, canvas.height, isWhite(20), isWhite(canvas.height - 20)];
+    });
+    assert.deepEqual(found, [512, 1024, false, true]);
+  });
+
+  test("each call about neighbors is under the worker's limit of bytes", async (t) => {
+    const limit = 1 << 20;
+    const flags = ["--request-bytes-max", "1MiB", "--image-bytes-max", "1MiB"];
+    const small = await startWorker(flags);
+    t.after(() => small.end());
+    const page = await open(t, {}, small);
+    await shown(page, "rooster.png");
+    const bodies = await keepBodies(page);
+    // With the rooster seven pictures, of which two fit into a call.
+    const files = [40, 80, 120, 160, 200, 240].map((shade) => ({
+      name: `gray-${shade}.bmp`,
+      mimeType: "image/bmp",
+      buffer: bmp(400, 350, shade),
+    }));
+    await page.setInputFiles("#files", files);
+    await page.locator("#near-state", { hasText: "Nearest to gray-240.bmp" }).waitFor();
+    await page.waitForFunction(() => document.querySelectorAll("#neighbors li").length === 6);
+    assert.ok(await page.isHidden("#near-problem"));
+    const sizes = (await bodies("Embed")).map((body) => body.length);
+    assert.ok(sizes.length >= 3, `${sizes}`);
+    assert.ok(sizes.every((size) => size <= limit), `${sizes}`);
   });
 });
 

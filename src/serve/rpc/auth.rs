@@ -1,19 +1,16 @@
-//! Authentication by bearer tokens and client certificates: a layer that says
+//! Authentication by bearer tokens and client certificates: a check that says
 //! who calls, or rejects a call before its body is read.
 
 mod file;
 
 use std::collections::HashMap;
-use std::future::Future;
-use std::pin::Pin;
-use std::task::{Context, Poll};
 
 use anyhow::Context as _;
 use http::{HeaderMap, Request, Response, header};
 use sha2::{Digest as _, Sha256};
 use subtle::{ConditionallySelectable as _, ConstantTimeEq as _};
 use tonic::body::Body;
-use tower::{Layer, Service};
+use tower_http::validate_request::ValidateRequest;
 
 use self::file::TokensFile;
 use super::calling::CallFacts;
@@ -142,50 +139,23 @@ fn bearer(value: &[u8]) -> Option<&[u8]> {
     (scheme.eq_ignore_ascii_case(b"bearer ") && !token.is_empty()).then_some(token)
 }
 
-/// Layer that lets calls with an accepted token pass, or every call if no
-/// tokens are configured.
+/// Check that lets calls with an accepted token pass, or every call if no tokens
+/// are configured.
 #[derive(Debug, Clone)]
 pub(super) struct Auth(pub(super) Option<Latest<AcceptedTokens>>);
 
-impl<S> Layer<S> for Auth {
-    type Service = Authenticated<S>;
+impl ValidateRequest<Body> for Auth {
+    type ResponseBody = Body;
 
-    fn layer(&self, inner: S) -> Self::Service {
-        Authenticated {
-            inner,
-            tokens: self.0.clone(),
+    fn validate(&mut self, request: &mut Request<Body>) -> Result<(), Response<Body>> {
+        if request.uri().path().starts_with(OPEN) {
+            return Ok(());
         }
-    }
-}
-
-#[derive(Debug, Clone)]
-pub(super) struct Authenticated<S> {
-    inner: S,
-    tokens: Option<Latest<AcceptedTokens>>,
-}
-
-impl<S> Service<Request<Body>> for Authenticated<S>
-where
-    S: Service<Request<Body>, Response = Response<Body>>,
-    S::Future: Unpin,
-{
-    type Response = S::Response;
-    type Error = S::Error;
-    type Future = AuthFuture<S::Future>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        if !request.uri().path().starts_with(OPEN)
-            && let Err(error) = identify(self.tokens.as_ref(), &request)
-        {
+        identify(self.0.as_ref(), request).map_err(|error| {
             let peer = request.extensions().get::<Peer>();
             tracing::debug!(addr = ?peer.and_then(|peer| peer.addr), %error, "rejected a call");
-            return AuthFuture::Refusal(Some(status::of_call(&error).into_http()));
-        }
-        AuthFuture::Passed(self.inner.call(request))
+            status::of_call(&error).into_http()
+        })
     }
 }
 
@@ -223,30 +193,6 @@ fn shown(caller: Option<&Caller>, certificate: Option<&ClientNames>) -> Option<S
     let subject = certificate?.iter().next()?;
     let subject = Excerpt::of(subject).to_string();
     Some(format!("cert={}", subject.escape_debug()))
-}
-
-/// Future of a call that may pass, or of its rejection. Not boxed, since every
-/// call passes through it.
-pub(super) enum AuthFuture<F> {
-    Passed(F),
-    /// Response that rejects the call, taken at the first poll.
-    Refusal(Option<Response<Body>>),
-}
-
-impl<F, E> Future for AuthFuture<F>
-where
-    F: Future<Output = Result<Response<Body>, E>> + Unpin,
-{
-    type Output = F::Output;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match &mut *self {
-            Self::Passed(call) => Pin::new(call).poll(cx),
-            Self::Refusal(response) => response
-                .take()
-                .map_or(Poll::Pending, |response| Poll::Ready(Ok(response))),
-        }
-    }
 }
 
 #[cfg(test)]

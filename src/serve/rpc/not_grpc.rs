@@ -1,17 +1,15 @@
-//! Layer that answers requests that are no gRPC calls: a person with a browser,
+//! Check that answers requests that are no gRPC calls: a person with a browser,
 //! a probe or a scraper at the wrong port.
 //!
 //! The answer is one line of plain text that says what the port serves. Without
 //! it an HTTP/1.1 client sees a connection that closes, or frames of HTTP/2, and
 //! an HTTP/2 client takes the status 200 of a gRPC error for success.
 
-use std::future::{Ready, ready};
-use std::task::{Context, Poll};
-
-use futures_util::future::Either;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, header};
 use tonic::body::Body;
-use tower::{Layer, Service};
+use tower_http::validate_request::ValidateRequest;
+
+use crate::serve::host;
 
 /// Answer to HTTP/1.1 and HTTP/1.0.
 const OTHER_VERSION: &str = "this port serves gRPC over HTTP/2 and not HTTP/1.1; /metrics, /livez \
@@ -27,46 +25,20 @@ const WEB_TYPE: &str = "this port serves gRPC, whose content-type is application
 /// format or a parameter.
 const GRPC: &str = "application/grpc";
 
-/// Layer in front of everything that reads gRPC.
+/// Check in front of everything that reads gRPC.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct NotGrpcLayer {
+pub(super) struct GrpcOnly {
     /// True if HTTP/1.1 is served, for gRPC-Web.
     pub(super) http1: bool,
 }
 
-impl<S> Layer<S> for NotGrpcLayer {
-    type Service = GrpcOnly<S>;
+impl ValidateRequest<Body> for GrpcOnly {
+    type ResponseBody = Body;
 
-    fn layer(&self, inner: S) -> Self::Service {
-        GrpcOnly {
-            inner,
-            http1: self.http1,
-        }
-    }
-}
-
-#[derive(Debug, Clone)]
-pub(super) struct GrpcOnly<S> {
-    inner: S,
-    http1: bool,
-}
-
-impl<S> Service<Request<Body>> for GrpcOnly<S>
-where
-    S: Service<Request<Body>, Response = Response<Body>>,
-{
-    type Response = S::Response;
-    type Error = S::Error;
-    type Future = Either<S::Future, Ready<Result<S::Response, S::Error>>>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn validate(&mut self, request: &mut Request<Body>) -> Result<(), Response<Body>> {
         match refusal(request.version(), request.headers(), self.http1) {
-            None => Either::Left(self.inner.call(request)),
-            Some((status, text)) => Either::Right(ready(Ok(answer(status, text)))),
+            None => Ok(()),
+            Some((status, text)) => Err(answer(status, text)),
         }
     }
 }
@@ -90,6 +62,21 @@ fn refusal(
         Some([] | [b'+' | b';' | b' ', ..]) => None,
         Some([b'-', ..]) => Some((StatusCode::UNSUPPORTED_MEDIA_TYPE, WEB_TYPE)),
         _ => Some((StatusCode::UNSUPPORTED_MEDIA_TYPE, OTHER_TYPE)),
+    }
+}
+
+/// Check that a request over HTTP/1.1 has one `Host`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct OneHost;
+
+impl ValidateRequest<Body> for OneHost {
+    type ResponseBody = Body;
+
+    fn validate(&mut self, request: &mut Request<Body>) -> Result<(), Response<Body>> {
+        if host::has_one_host(request) {
+            return Ok(());
+        }
+        Err(answer(StatusCode::BAD_REQUEST, host::BAD_HOST))
     }
 }
 

@@ -1,26 +1,21 @@
-//! Layer that keeps other people's web pages from a worker on loopback that
+//! Check that keeps other people's web pages from a worker on loopback that
 //! asks for no token.
 //!
-//! Browsers let a page call the host that the page came from. An attacker's
-//! page can come from a name that later resolves to 127.0.0.1 (DNS rebinding);
-//! its calls then arrive here, and neither CORS nor the address of the client
-//! tells. The names do: a browser sends the name under which it reached the
-//! worker as `Host`, and the page's origin as `Origin`. So pages, and calls that
-//! have an origin, must come under a name of loopback, and calls from the
-//! worker's own page. Programs send no origin, and may use any name.
+//! A browser sends the name under which it reached the worker as `Host`
+//! (`host.rs` says what that is good for), and the page's origin as `Origin`. So
+//! pages, and calls that have an origin, must come under a name of loopback, and
+//! calls from the worker's own page. Programs send no origin, and may use any
+//! name.
 
-use std::future::{Ready, ready};
-use std::net::IpAddr;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
-use futures_util::future::Either;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{Method, Request, Response, StatusCode, header};
 use tonic::body::Body;
-use tower::{Layer, Service};
+use tower_http::validate_request::ValidateRequest;
 
 use super::not_grpc;
 use crate::serve::config::{ANY_ORIGIN, AccessConfig};
+use crate::serve::host::{header_text, host, is_loopback_name};
 
 /// Answer to a page's request under a name that is not loopback's.
 const OTHER_HOST: &str = "without tokens, browsers reach this worker as localhost, 127.0.0.1 or \
@@ -30,17 +25,17 @@ const OTHER_HOST: &str = "without tokens, browsers reach this worker as localhos
 const OTHER_ORIGIN: &str = "calls of pages of another origin are refused; --cors-origin allows \
                             them\n";
 
-/// Layer that refuses what may come from other people's pages.
+/// Check that refuses what may come from other people's pages.
 #[derive(Debug, Clone)]
-pub(super) struct OwnPagesLayer {
+pub(super) struct OwnPages {
     /// Origins of --cors-origin.
     origins: Arc<[String]>,
     /// True if a page is served, which is guarded too.
     has_page: bool,
 }
 
-impl OwnPagesLayer {
-    /// Returns the layer if a worker on loopback needs it: where browsers may
+impl OwnPages {
+    /// Returns the check if a worker on loopback needs it: where browsers may
     /// call without a token, and not every origin is allowed.
     pub(super) fn new(config: &AccessConfig) -> Option<Self> {
         let is_needed = config.serves_web()
@@ -57,16 +52,13 @@ impl OwnPagesLayer {
 
     /// Returns the answer to a request that is refused.
     fn refusal<B>(&self, request: &Request<B>) -> Option<(StatusCode, &'static str)> {
-        let host = match request.uri().authority() {
-            Some(authority) => authority.as_str(),
-            None => text(request.headers().get(header::HOST)),
-        };
+        let host = host(request);
         let is_read = [Method::GET, Method::HEAD].contains(request.method());
         let Some(origin) = request.headers().get(header::ORIGIN) else {
             let is_refused = self.has_page && is_read && !self.knows(host);
             return is_refused.then_some((StatusCode::MISDIRECTED_REQUEST, OTHER_HOST));
         };
-        let origin = text(Some(origin));
+        let origin = header_text(Some(origin));
         if self.origins.iter().any(|allowed| allowed == origin) {
             return None;
         }
@@ -85,11 +77,6 @@ impl OwnPagesLayer {
     }
 }
 
-/// Returns a header's value; the empty text if there is none, or none in ASCII.
-fn text(value: Option<&HeaderValue>) -> &str {
-    value.and_then(|value| value.to_str().ok()).unwrap_or("")
-}
-
 /// Returns true if an origin is that of pages from `host`. The schemes are not
 /// compared: a proxy may add TLS.
 fn is_origin_of(origin: &str, host: &str) -> bool {
@@ -105,58 +92,13 @@ fn is_origin_of(origin: &str, host: &str) -> bool {
     })
 }
 
-/// Returns true if a host, with or without a port, is a name or an address of
-/// loopback.
-fn is_loopback_name(host: &str) -> bool {
-    let name = match host.strip_prefix('[') {
-        Some(rest) => match rest.split_once(']') {
-            Some((address, after)) if after.is_empty() || after.starts_with(':') => address,
-            _ => return false,
-        },
-        None => host.split_once(':').map_or(host, |(name, _)| name),
-    };
-    if let Ok(address) = name.parse::<IpAddr>() {
-        return address.to_canonical().is_loopback();
-    }
-    // All names below localhost are loopback's (RFC 6761).
-    let name = name.strip_suffix('.').unwrap_or(name);
-    let top = name.rsplit_once('.').map_or(name, |(_, top)| top);
-    top.eq_ignore_ascii_case("localhost")
-}
+impl ValidateRequest<Body> for OwnPages {
+    type ResponseBody = Body;
 
-impl<S> Layer<S> for OwnPagesLayer {
-    type Service = OwnPages<S>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        OwnPages {
-            inner,
-            layer: self.clone(),
-        }
-    }
-}
-
-#[derive(Debug, Clone)]
-pub(super) struct OwnPages<S> {
-    inner: S,
-    layer: OwnPagesLayer,
-}
-
-impl<S> Service<Request<Body>> for OwnPages<S>
-where
-    S: Service<Request<Body>, Response = Response<Body>>,
-{
-    type Response = S::Response;
-    type Error = S::Error;
-    type Future = Either<S::Future, Ready<Result<S::Response, S::Error>>>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        match self.layer.refusal(&request) {
-            None => Either::Left(self.inner.call(request)),
-            Some((status, text)) => Either::Right(ready(Ok(not_grpc::answer(status, text)))),
+    fn validate(&mut self, request: &mut Request<Body>) -> Result<(), Response<Body>> {
+        match self.refusal(request) {
+            None => Ok(()),
+            Some((status, text)) => Err(not_grpc::answer(status, text)),
         }
     }
 }
@@ -164,38 +106,6 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_of_loopback() {
-        for good in [
-            "localhost",
-            "LOCALHOST:50051",
-            "page.localhost:1",
-            "localhost.",
-            "127.0.0.1",
-            "127.9.9.9:50051",
-            "[::1]",
-            "[::1]:50051",
-            "[::ffff:127.0.0.1]:80",
-        ] {
-            assert!(is_loopback_name(good), "{good}");
-        }
-        for bad in [
-            "",
-            "evil.example",
-            "127.0.0.1.evil.example",
-            "localhost.evil.example",
-            "notlocalhost",
-            "10.0.0.1",
-            "0.0.0.0",
-            "[::1]evil",
-            "[::1",
-            "[2001:db8::1]",
-            "@localhost",
-        ] {
-            assert!(!is_loopback_name(bad), "{bad}");
-        }
-    }
 
     #[test]
     fn origins_of_hosts() {
@@ -221,7 +131,7 @@ mod tests {
                      host: &str,
                      origin: Option<&str>,
                      expected: Option<u16>| {
-            let layer = OwnPagesLayer {
+            let guard = OwnPages {
                 origins: origins.iter().map(|&origin| origin.to_owned()).collect(),
                 has_page: true,
             };
@@ -232,7 +142,7 @@ mod tests {
             if let Some(origin) = origin {
                 request = request.header(header::ORIGIN, origin);
             }
-            let refusal = layer.refusal(&request.body(()).expect("a request"));
+            let refusal = guard.refusal(&request.body(()).expect("a request"));
             let status = refusal.map(|(status, _)| status.as_u16());
             assert_eq!(status, expected, "{origins:?} {method} {host} {origin:?}");
         };

@@ -13,7 +13,7 @@ use http::{HeaderName, HeaderValue, Method, header};
 use tonic_web::GrpcWebLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
-use super::own_pages::OwnPagesLayer;
+use super::own_pages::OwnPages;
 use super::playground::PlaygroundLayer;
 use super::report::TIMING;
 use crate::serve::config::{ANY_ORIGIN, AccessConfig};
@@ -49,7 +49,7 @@ pub(super) struct Web {
     pub(super) cors: Option<CorsLayer>,
     /// Layer that serves the page of --playground.
     pub(super) page: Option<PlaygroundLayer>,
-    own_pages: Option<OwnPagesLayer>,
+    own_pages: Option<OwnPages>,
 }
 
 impl Web {
@@ -61,13 +61,13 @@ impl Web {
             calls: Some(GrpcWebLayer::new()),
             cors: cors(&config.cors_origins),
             page: config.playground.then(PlaygroundLayer::new),
-            own_pages: OwnPagesLayer::new(config),
+            own_pages: OwnPages::new(config),
         }
     }
 
-    /// Returns the layer that keeps other people's pages away, if the worker
+    /// Returns the check that keeps other people's pages away, if the worker
     /// needs it at this address.
-    pub(super) fn own_pages(&self, listen: SocketAddr) -> Option<OwnPagesLayer> {
+    pub(super) fn own_pages(&self, listen: SocketAddr) -> Option<OwnPages> {
         let is_loopback = listen.ip().to_canonical().is_loopback();
         self.own_pages.clone().filter(|_| is_loopback)
     }
