@@ -293,7 +293,11 @@ impl Walk {
 }
 
 /// Returns the metadata of a path, with links followed.
-fn look(path: &Path) -> io::Result<Result<Metadata, Trouble>> {
+///
+/// # Errors
+///
+/// An error of the disk; the inner error is the trouble of this path.
+pub(crate) fn look(path: &Path) -> io::Result<Result<Metadata, Trouble>> {
     let error = match std::fs::metadata(path) {
         Ok(metadata) => return Ok(Ok(metadata)),
         Err(error) => error,

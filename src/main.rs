@@ -379,6 +379,7 @@ mod tests {
     use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
     use imagegpt::serve::devices::DeviceEngine;
 
+    use imagegpt::serve::heads::StartHeads;
     use super::*;
 
     /// Exit code of a process whose engine meets a row that begins with a 3.
@@ -389,7 +390,7 @@ mod tests {
             Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
         let engines = vec![DeviceEngine { id: 0, factory }];
         let model = Model::open(&dir, None).unwrap();
-        let mut worker = Worker::start(&config, model, Vec::new(), engines)
+        let mut worker = Worker::start(&config, model, StartHeads::default(), engines)
             .await
             .unwrap();
         worker.ready().await.unwrap();
