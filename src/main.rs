@@ -99,8 +99,9 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 fn serve(config: &ServeConfig) -> anyhow::Result<i32> {
-    config.validate()?;
+    // First the log, in whose format errors are told.
     telemetry::init(&config.log)?;
+    config.validate()?;
     let runtime = runtime()?;
     let code = runtime.block_on(async {
         let mut signals = Signals::new()?;
@@ -378,8 +379,8 @@ mod tests {
     use imagegpt::proto::pb;
     use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
     use imagegpt::serve::devices::DeviceEngine;
-
     use imagegpt::serve::heads::StartHeads;
+
     use super::*;
 
     /// Exit code of a process whose engine meets a row that begins with a 3.
