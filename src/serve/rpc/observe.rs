@@ -33,7 +33,7 @@ use crate::serve::metrics::Metrics;
 use crate::serve::readiness::Readiness;
 use crate::serve::rpc::error::RequestError;
 use crate::serve::timeline::CallTimeline;
-use crate::serve::trace::{CallSpan, TraceHeaders, Traces};
+use crate::serve::trace::{CallSpan, TraceHeaders, Traces, tracestate};
 
 /// Largest size of a message to health checks and reflection, which holds a
 /// name. These bytes are not counted: all of them on one connection are less
@@ -434,22 +434,18 @@ fn generated_id() -> HeaderValue {
 
 /// Returns the headers that say to which trace a call belongs.
 fn trace_headers(headers: &HeaderMap) -> TraceHeaders<'_> {
-    let mut parents = headers.get_all("traceparent").iter();
-    // Of several parents none is the parent.
-    let parent = parents.next().filter(|_| parents.next().is_none());
-    let parent = parent.filter(|_| trace_id(headers).is_some());
+    let parent = parent(headers).filter(|_| trace_id(headers).is_some());
     let states = headers.get_all("tracestate").iter();
-    let states: Vec<&str> = states.filter_map(|state| state.to_str().ok()).collect();
     TraceHeaders {
         traceparent: parent.and_then(|parent| parent.to_str().ok()),
-        tracestate: (!states.is_empty()).then(|| states.join(",")),
+        tracestate: tracestate(states.map(HeaderValue::as_bytes)),
     }
 }
 
 /// Returns the trace id of a W3C `traceparent` header, which has a version, the
 /// trace id (32 hexadecimal digits, not all zero), a parent id and flags.
 fn trace_id(headers: &HeaderMap) -> Option<&str> {
-    let value = headers.get("traceparent")?.to_str().ok()?;
+    let value = parent(headers)?.to_str().ok()?;
     let mut parts = value.split('-');
     let (version, trace, parent, flags) =
         (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
@@ -467,6 +463,11 @@ fn trace_id(headers: &HeaderMap) -> Option<&str> {
         && parent.bytes().any(|b| b != b'0')
         && hex(flags, 2);
     valid.then_some(trace)
+}
+/// Returns the header `traceparent`; of several parents none is the parent.
+fn parent(headers: &HeaderMap) -> Option<&HeaderValue> {
+    let mut parents = headers.get_all("traceparent").iter();
+    parents.next().filter(|_| parents.next().is_none())
 }
 
 #[cfg(test)]
