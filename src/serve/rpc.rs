@@ -44,6 +44,7 @@ use tonic::codec::CompressionEncoding;
 use tonic::service::Routes;
 use tonic::{Code, Request, Response, Status};
 use tower::Layer as _;
+use tower::util::MapRequestLayer;
 
 use self::arriving::Arrived;
 use self::calling::CallOrigin;
@@ -170,6 +171,9 @@ pub(crate) async fn serve(
         tower::util::option_layer(own_pages),
         tower::util::option_layer(web.page),
         tower::util::option_layer(web.cors),
+        tower::util::option_layer(
+            http1.then(|| MapRequestLayer::new(web::name_type as web::Rename)),
+        ),
         tower::util::option_layer(web.calls),
         not_grpc::NotGrpcLayer { http1 },
         observe,
