@@ -33,6 +33,7 @@ use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 use imagegpt::serve::config::ServeConfig;
 use imagegpt::serve::engines::{engines, onnx_factory};
+use imagegpt::serve::heads::StartHeads;
 use imagegpt::serve::worker::Worker;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -167,7 +168,7 @@ async fn saturated(
         })
         .collect();
     let engines = engines(config, &model, &[])?;
-    let mut worker = Worker::start(config, model, Vec::new(), engines).await?;
+    let mut worker = Worker::start(config, model, StartHeads::default(), engines).await?;
     worker.ready().await?;
     let ended = Arc::new(AtomicBool::new(false));
     let mut callers = Vec::new();

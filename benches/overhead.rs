@@ -31,6 +31,7 @@ use imagegpt::runtime::library::find_library;
 use imagegpt::runtime::{GpuAttention, GpuCopies};
 use imagegpt::serve::config::ServeConfig;
 use imagegpt::serve::engines::onnx_engines;
+use imagegpt::serve::heads::StartHeads;
 use imagegpt::serve::worker::Worker;
 
 const ROUNDS: usize = 5;
@@ -98,7 +99,12 @@ fn main() -> anyhow::Result<()> {
         .collect();
     let runtime = tokio::runtime::Runtime::new()?;
     let engines = onnx_engines(&config, &model, &[])?;
-    let mut worker = runtime.block_on(Worker::start(&config, model, Vec::new(), engines))?;
+    let mut worker = runtime.block_on(Worker::start(
+        &config,
+        model,
+        StartHeads::default(),
+        engines,
+    ))?;
     runtime.block_on(worker.ready())?;
 
     // The scheduler chooses among the sizes, so the bare loop may, too.

@@ -19,7 +19,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_types::StatusExt as _;
 
-use crate::files::FlagFile;
+use crate::files::{self, FlagFile};
 use crate::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 use crate::proto::{GrpcCode, pb};
 
@@ -145,14 +145,21 @@ impl ConnectConfig {
             return Ok(Token(None));
         };
         let content = read("--token-file", path)?;
-        let text = String::from_utf8_lossy(&content);
+        let shown = path.display();
+        let text = files::text(&content)
+            .with_context(|| format!("--token-file {shown}: the file is not UTF-8 text"))?;
         let token = text
             .lines()
             .map(str::trim)
             .find(|line| !line.is_empty() && !line.starts_with('#'))
-            .with_context(|| format!("--token-file {} has no token", path.display()))?;
+            .with_context(|| format!("--token-file {shown} has no token"))?;
+        anyhow::ensure!(
+            !token.contains(char::is_whitespace),
+            "--token-file {shown}: the first line has several words, and a token has no spaces; \
+             give a file with the token alone, not the --auth-tokens-file of the worker"
+        );
         let mut value = AsciiMetadataValue::try_from(format!("Bearer {token}"))
-            .with_context(|| format!("--token-file {}: not an ASCII token", path.display()))?;
+            .with_context(|| format!("--token-file {shown}: not an ASCII token"))?;
         value.set_sensitive(true);
         Ok(Token(Some(value)))
     }

@@ -293,7 +293,11 @@ impl Walk {
 }
 
 /// Returns the metadata of a path, with links followed.
-fn look(path: &Path) -> io::Result<Result<Metadata, Trouble>> {
+///
+/// # Errors
+///
+/// An error of the disk; the inner error is the trouble of this path.
+pub(crate) fn look(path: &Path) -> io::Result<Result<Metadata, Trouble>> {
     let error = match std::fs::metadata(path) {
         Ok(metadata) => return Ok(Ok(metadata)),
         Err(error) => error,
@@ -308,6 +312,17 @@ fn look(path: &Path) -> io::Result<Result<Metadata, Trouble>> {
 
 /// First bytes of a file that some editors write for UTF-8.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// Returns the text of a file that a person wrote, without the byte order mark
+/// with which some editors begin a file.
+///
+/// # Errors
+///
+/// When the content is not UTF-8.
+pub(crate) fn text(content: &[u8]) -> Result<&str, std::str::Utf8Error> {
+    let content = content.strip_prefix(BYTE_ORDER_MARK).unwrap_or(content);
+    std::str::from_utf8(content)
+}
 
 /// Parses a file of JSON.
 ///

@@ -104,9 +104,10 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 fn serve(config: &ServeConfig) -> anyhow::Result<i32> {
-    config.validate()?;
+    // First the log, in whose format errors are told.
     telemetry::init(&config.log)?;
     environment::log_unknown_variables();
+    config.validate()?;
     let runtime = runtime()?;
     let code = runtime.block_on(async {
         let mut signals = Signals::new()?;
@@ -386,6 +387,7 @@ mod tests {
     use imagegpt::proto::pb;
     use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
     use imagegpt::serve::devices::DeviceEngine;
+    use imagegpt::serve::heads::StartHeads;
 
     use super::*;
 
@@ -397,7 +399,7 @@ mod tests {
             Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
         let engines = vec![DeviceEngine { id: 0, factory }];
         let model = Model::open(&dir, None).unwrap();
-        let mut worker = Worker::start(&config, model, Vec::new(), engines)
+        let mut worker = Worker::start(&config, model, StartHeads::default(), engines)
             .await
             .unwrap();
         worker.ready().await.unwrap();

@@ -17,6 +17,8 @@ use clap::{Args, ValueEnum};
 use crossbeam_channel::{Receiver, Sender};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime as _, SystemTime};
 
 /// Flags of the log on standard error.
 #[derive(Debug, Clone, Args)]
@@ -59,7 +61,7 @@ const PANIC_FLUSH_MAX: Duration = Duration::from_millis(20);
 /// Number of lines that were dropped since the start of the process.
 static DROPPED: AtomicU64 = AtomicU64::new(0);
 /// Queue of the process's log, once the log is installed.
-static LOG: OnceLock<LogQueue> = OnceLock::new();
+static LOG: OnceLock<(LogQueue, LogFormat)> = OnceLock::new();
 
 /// Returns the message of a panic, if the panic has a message.
 pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
@@ -113,24 +115,44 @@ pub fn init_to(config: &LogConfig, out: impl Write + Send + 'static) -> anyhow::
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
     };
     installed.map_err(|error| anyhow::anyhow!("{error}"))?;
-    if LOG.set(queue).is_ok() {
+    if LOG.set((queue, config.log_format)).is_ok() {
         std::panic::set_hook(Box::new(log_panic));
     }
     Ok(())
 }
 
+/// Returns the format of the process's log, once the log is installed.
+pub(crate) fn log_format() -> Option<LogFormat> {
+    LOG.get().map(|(_, format)| *format)
+}
+
 /// Prints a line for the person at the terminal. With a log, the line goes
 /// through the log's queue, so that a standard error that nobody reads does not
-/// block a worker.
+/// block a worker, and has the log's format, whatever the log's filter is.
 pub(crate) fn note(text: &str) {
     let line = format!("imagegpt: {text}\n");
     match LOG.get() {
-        Some(queue) => queue.push(line.as_bytes()),
+        Some((queue, LogFormat::Text)) => queue.push(line.as_bytes()),
+        Some((queue, LogFormat::Json)) => queue.push(error_object(text).as_bytes()),
         None => {
             // Without standard error there is nobody to tell.
             let _ = io::stderr().write_all(line.as_bytes());
         }
     }
+}
+
+/// Returns the line of an error in the form of the JSON log.
+fn error_object(text: &str) -> String {
+    let mut timestamp = String::new();
+    // Writing to a string cannot fail.
+    let _ = SystemTime.format_time(&mut Writer::new(&mut timestamp));
+    let object = serde_json::json!({
+        "timestamp": timestamp,
+        "level": "ERROR",
+        "message": text,
+        "target": "imagegpt",
+    });
+    format!("{object}\n")
 }
 
 /// Says why the process ends, and waits up to a second until all log lines have
@@ -139,7 +161,7 @@ pub fn end(reason: Option<&str>) {
     if let Some(reason) = reason {
         note(reason);
     }
-    if let Some(queue) = LOG.get() {
+    if let Some((queue, _)) = LOG.get() {
         queue.flush(FLUSH_MAX);
     }
 }
@@ -156,7 +178,7 @@ fn log_panic(info: &PanicHookInfo<'_>) {
     };
     note(&format!("thread '{name}' {info}{trace}"));
     // A second panic may end the process at once.
-    if let Some(queue) = LOG.get() {
+    if let Some((queue, _)) = LOG.get() {
         queue.flush(PANIC_FLUSH_MAX);
     }
 }

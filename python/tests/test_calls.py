@@ -220,13 +220,24 @@ def test_tokens_and_priorities_are_sent(tmp_path: os.PathLike[str]) -> None:
     file = os.path.join(tmp_path, "tokens")
     with open(file, "w") as out:
         out.write("# comment\n\n  secret-of-file  \n")
+    marked = os.path.join(tmp_path, "marked")
+    with open(marked, "w", encoding="utf-8-sig") as out:
+        out.write("secret-of-editor\n")
+    named = os.path.join(tmp_path, "named")
+    with open(named, "w") as out:
+        out.write("billing secret rate=1/s\n")
     with FakeWorker() as worker:
         with Client(worker.endpoint, token="secret") as client:
             client.model()
-        with Client(worker.endpoint, token_file=file) as client:
-            client.model()
+        for path in (file, marked):
+            with Client(worker.endpoint, token_file=path) as client:
+                client.model()
+        with Client(worker.endpoint, token_file=named) as client:
+            with pytest.raises(ValueError, match="a token has no spaces") as caught:
+                client.model()
+            assert "secret" not in str(caught.value)
     sent = [metadata["authorization"] for metadata in worker.metadata]
-    assert sent == ["Bearer secret", "Bearer secret-of-file"]
+    assert sent == ["Bearer secret", "Bearer secret-of-file", "Bearer secret-of-editor"]
 
 
 def test_unauthenticated_is_an_error_of_its_own() -> None:

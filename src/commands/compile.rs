@@ -16,6 +16,7 @@ use crate::model::manifest::Manifest;
 use crate::model::precision::{CompileTask, Precision, Provider};
 use crate::runtime::Runtime;
 use crate::serve::config::LibraryFlags;
+use crate::telemetry::{self, LogFormat};
 
 /// Compile graphs that run several times faster than a published export.
 #[derive(Debug, Clone, Args)]
@@ -248,10 +249,12 @@ const FUSED: [&str; 12] = [
 ];
 
 /// Progress for a person: a bar per step on a terminal, a line per step
-/// elsewhere.
+/// elsewhere, which is a line of the log if there is one.
 pub struct Bars {
     current: Option<ProgressBar>,
-    is_terminal: bool,
+    /// True if bars are shown: a bar may stand between lines of text, and not
+    /// between objects.
+    shows_bars: bool,
 }
 
 impl Bars {
@@ -259,7 +262,8 @@ impl Bars {
     pub fn new() -> Self {
         Self {
             current: None,
-            is_terminal: std::io::stderr().is_terminal(),
+            shows_bars: std::io::stderr().is_terminal()
+                && telemetry::log_format() != Some(LogFormat::Json),
         }
     }
 
@@ -288,9 +292,11 @@ impl CompileProgress for Bars {
             CompileStep::Reference => ("computing the reference", "{percent}%"),
             CompileStep::Verify => ("trying graphs", "{pos}/{len}"),
         };
-        if !self.is_terminal {
-            tracing::info!(step = name, total, "compiling");
-            crate::telemetry::note(name);
+        if !self.shows_bars {
+            match telemetry::log_format() {
+                Some(_) => tracing::info!(step = name, total, "compiling"),
+                None => telemetry::note(name),
+            }
             return;
         }
         let template = format!("{{prefix:24}} {{wide_bar}} {unit} {{eta}}");

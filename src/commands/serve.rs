@@ -18,7 +18,7 @@ use crate::model::{Model, ModelNeed, snapshot_repository};
 use crate::runtime::Runtime;
 use crate::serve::config::{ModelConfig, ServeConfig};
 use crate::serve::engines::engines;
-use crate::serve::heads;
+use crate::serve::heads::StartHeads;
 use crate::serve::rpc;
 use crate::serve::worker::Worker;
 
@@ -179,7 +179,7 @@ pub async fn start(config: &ServeConfig) -> anyhow::Result<Worker> {
     let owned = config.clone();
     let load = move || -> anyhow::Result<_> {
         let (model, heads) = open_model(&owned)?;
-        let engines = engines(&owned, &model, &heads)?;
+        let engines = engines(&owned, &model, &heads.heads)?;
         Ok((model, heads, engines))
     };
     let (model, heads, engines) = tokio::task::spawn_blocking(load).await??;
@@ -197,7 +197,7 @@ pub async fn start(config: &ServeConfig) -> anyhow::Result<Worker> {
 ///
 /// When the model does not exist or cannot be compiled, or a head does not fit
 /// the model.
-pub(crate) fn open_model(config: &ServeConfig) -> anyhow::Result<(Model, Vec<LinearHead>)> {
+pub(crate) fn open_model(config: &ServeConfig) -> anyhow::Result<(Model, StartHeads)> {
     let mut bars = Bars::new();
     let folder = locate(config, &mut bars);
     bars.end();
@@ -206,17 +206,17 @@ pub(crate) fn open_model(config: &ServeConfig) -> anyhow::Result<(Model, Vec<Lin
     let name = name(&config.model, &folder);
     let mut model = Model::open(&folder, name.as_deref())?;
     let heads = config.model.heads.iter().map(LinearHead::open);
-    let mut heads = heads.collect::<Result<Vec<_>, _>>()?;
+    let heads = heads.collect::<Result<Vec<_>, _>>()?;
     for head in &heads {
         head.check(&model)?;
     }
+    let mut heads = StartHeads::new(heads);
     if let Some(dir) = &config.model.head_dir {
-        let of_dir = heads::read_dir(dir, &config.model.heads, &model);
-        let of_dir = of_dir.with_context(|| format!("--head-dir {}", dir.display()))?;
-        heads.extend(of_dir);
+        let added = heads.add_dir(dir, &config.model.heads, &model);
+        added.with_context(|| format!("--head-dir {}", dir.display()))?;
     }
     if let Some(needs) = &config.model.needs {
-        let of_heads = heads.iter().map(|head| ModelNeed::Features {
+        let of_heads = heads.heads.iter().map(|head| ModelNeed::Features {
             layers: vec![head.content.layer],
             norm: head.content.norm,
         });

@@ -3,8 +3,10 @@
 //!
 //! A file is read when it looks the same in two checks in a row, so that no
 //! half-written file is used, and again when its size, time or inode has
-//! changed; Kubernetes swaps a symbolic link, which changes the inode. A file
-//! that cannot be used leaves the head before it in service.
+//! changed; Kubernetes swaps a symbolic link, which changes the inode. A name
+//! that stands in the directory and is no head (a damaged file, a link whose
+//! target does not exist, a pipe) leaves the head before it in service; only a
+//! name that is gone takes its head with it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -15,6 +17,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use crate::files::{self, Trouble};
 use crate::model::Model;
 use crate::model::head::{HeadFlag, LinearHead};
 use crate::serve::config::ModelConfig;
@@ -56,22 +59,54 @@ struct FileStamp {
     changed: (i64, i64),
 }
 
-/// Reads the heads of a directory, as far as they can be used; the others are
-/// logged, and read again when they change.
-///
-/// # Errors
-///
-/// When the directory cannot be read, or has too many heads.
-pub fn read_dir(dir: &Path, flags: &[HeadFlag], model: &Model) -> io::Result<Vec<LinearHead>> {
-    let mut heads = Vec::new();
-    for (name, stamp) in scan(dir)? {
-        let total = weight_bytes(heads.iter());
-        match open(dir, &name, stamp, flags, model, None, total) {
-            Ok(head) => heads.push(head),
-            Err(error) => tracing::error!(error, "cannot use a head of --head-dir"),
+/// Entry of the directory whose name is that of a head.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum HeadEntry {
+    /// File, or a link that leads to one.
+    File(FileStamp),
+    /// Anything else, with the reason why no head can be read from it.
+    Unusable(String),
+}
+
+/// Heads that a worker starts with.
+#[derive(Debug, Default)]
+pub struct StartHeads {
+    /// Heads of the flags, and those of the directory.
+    pub heads: Vec<LinearHead>,
+    /// Errors that were logged for names of the directory.
+    told: BTreeMap<String, String>,
+}
+
+impl StartHeads {
+    /// Returns the heads of the flags alone.
+    #[must_use]
+    pub fn new(heads: Vec<LinearHead>) -> Self {
+        Self {
+            heads,
+            told: BTreeMap::new(),
         }
     }
-    Ok(heads)
+
+    /// Adds the heads of a directory, as far as they can be used; the others
+    /// are logged, and read again when they change.
+    ///
+    /// # Errors
+    ///
+    /// When the directory cannot be read, or has too many heads.
+    pub fn add_dir(&mut self, dir: &Path, flags: &[HeadFlag], model: &Model) -> io::Result<()> {
+        let n_fixed = self.heads.len();
+        for (name, entry) in scan(dir)? {
+            let total = weight_bytes(self.heads.iter().skip(n_fixed));
+            match open(dir, &name, &entry, flags, model, None, total) {
+                Ok(head) => self.heads.push(head),
+                Err(error) => {
+                    tracing::error!(error, "cannot use a head of --head-dir");
+                    self.told.insert(name, error);
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Task that follows the directory.
@@ -84,27 +119,28 @@ pub(crate) struct HeadFollower {
     width: Option<usize>,
     fixed: Vec<Arc<LinearHead>>,
     served: BTreeMap<String, Arc<LinearHead>>,
-    /// Stamps of the files that were read, also in vain.
-    read: BTreeMap<String, FileStamp>,
-    /// Names whose newest file cannot be used.
+    /// Entries that were read, also in vain.
+    read: BTreeMap<String, HeadEntry>,
+    /// Names whose newest entry cannot be used.
     refused: BTreeSet<String>,
-    last: Option<BTreeMap<String, FileStamp>>,
+    /// Errors that were logged at start, for the first read of each name.
+    told: BTreeMap<String, String>,
+    last: Option<BTreeMap<String, HeadEntry>>,
     /// Reason for which the directory itself could not be read.
     unreadable: Option<String>,
     heads: watch::Sender<Arc<[Arc<LinearHead>]>>,
 }
 
 /// Returns the heads in service, and the task that follows the directory if
-/// there is one. `heads` are those of the flags and those that the directory
-/// had at start.
+/// there is one.
 pub(crate) fn serve(
-    heads: Vec<LinearHead>,
+    start: StartHeads,
     config: &ModelConfig,
     model: &Arc<Model>,
 ) -> (ServedHeads, Option<HeadFollower>) {
     let flags = &config.heads;
     let is_flag = |name: &str| flags.iter().any(|flag| flag.name == name);
-    let all: Vec<Arc<LinearHead>> = heads.into_iter().map(Arc::new).collect();
+    let all: Vec<Arc<LinearHead>> = start.heads.into_iter().map(Arc::new).collect();
     let (sender, receiver) = watch::channel(Arc::from(all.clone()));
     let follower = config.head_dir.as_ref().map(|dir| {
         let (fixed, of_dir): (Vec<_>, Vec<_>) =
@@ -121,6 +157,7 @@ pub(crate) fn serve(
                 .collect(),
             read: BTreeMap::new(),
             refused: BTreeSet::new(),
+            told: start.told,
             last: None,
             unreadable: None,
             heads: sender,
@@ -180,9 +217,9 @@ impl HeadFollower {
         let mut changes = 0;
         if let Some(last) = self.last.replace(found.clone()) {
             // What this check and the one before agree on.
-            for (name, stamp) in &found {
-                if last.get(name) == Some(stamp) && self.read.get(name) != Some(stamp) {
-                    changes += usize::from(self.take(name, *stamp));
+            for (name, entry) in &found {
+                if last.get(name) == Some(entry) && self.read.get(name) != Some(entry) {
+                    changes += usize::from(self.take(name, entry));
                 }
             }
             let gone = |name: &String| !found.contains_key(name) && !last.contains_key(name);
@@ -195,15 +232,16 @@ impl HeadFollower {
         changes
     }
 
-    /// Reads a file; returns true if its head is new.
-    fn take(&mut self, name: &str, stamp: FileStamp) -> bool {
-        self.read.insert(name.to_owned(), stamp);
+    /// Reads an entry; returns true if its head is new.
+    fn take(&mut self, name: &str, entry: &HeadEntry) -> bool {
+        self.read.insert(name.to_owned(), entry.clone());
+        let told = self.told.remove(name);
         let others = self.served.iter().filter(|(other, _)| *other != name);
         let total = weight_bytes(others.map(|(_, head)| &**head));
         let opened = open(
             &self.dir,
             name,
-            stamp,
+            entry,
             &self.flags,
             &self.model,
             self.width,
@@ -226,15 +264,17 @@ impl HeadFollower {
                 // Before the first look with the width, a head may have been let
                 // in that does not fit.
                 let fits = self.served.get(name).is_none_or(|head| self.fits(head));
-                tracing::error!(
-                    error,
-                    "cannot use a head of --head-dir{}",
-                    if kept && fits {
-                        "; the one before stays in service"
-                    } else {
-                        ""
-                    }
-                );
+                if told.as_ref() != Some(&error) {
+                    tracing::error!(
+                        error,
+                        "cannot use a head of --head-dir{}",
+                        if kept && fits {
+                            "; the one before stays in service"
+                        } else {
+                            ""
+                        }
+                    );
+                }
                 !fits && self.served.remove(name).is_some()
             }
         }
@@ -244,8 +284,9 @@ impl HeadFollower {
         self.width.is_none_or(|width| head.content.width() == width)
     }
 
-    /// Takes heads whose files are gone out of service; returns their number.
+    /// Takes heads whose names are gone out of service; returns their number.
     fn forget(&mut self, gone: impl Fn(&String) -> bool) -> usize {
+        self.told.retain(|name, _| !gone(name));
         self.read.retain(|name, _| !gone(name));
         self.refused.retain(|name| !gone(name));
         let before = self.served.len();
@@ -268,8 +309,9 @@ fn weight_bytes<'h>(heads: impl Iterator<Item = &'h LinearHead>) -> usize {
     sizes.sum()
 }
 
-/// Lists the heads of a directory.
-fn scan(dir: &Path) -> io::Result<BTreeMap<String, FileStamp>> {
+/// Lists the heads of a directory: each entry whose name is that of a head,
+/// whatever the entry is.
+fn scan(dir: &Path) -> io::Result<BTreeMap<String, HeadEntry>> {
     let mut found = BTreeMap::new();
     for (idx, entry) in std::fs::read_dir(dir)?.enumerate() {
         if idx == ENTRIES_MAX {
@@ -279,26 +321,21 @@ fn scan(dir: &Path) -> io::Result<BTreeMap<String, FileStamp>> {
         }
         let entry = entry?;
         let file = entry.file_name();
-        let Some(name) = file.to_str().and_then(|file| file.strip_suffix(ENDING)) else {
+        let Some(name) = file.as_encoded_bytes().strip_suffix(ENDING.as_bytes()) else {
             continue;
         };
         // A dotfile may be a file that is being written.
-        if name.is_empty() || name.starts_with('.') {
+        if name.is_empty() || name.starts_with(b".") {
             continue;
         }
-        // A link whose target is being replaced has none for a moment.
-        let Ok(facts) = std::fs::metadata(entry.path()) else {
-            continue;
+        let is_text = std::str::from_utf8(name).is_ok();
+        let name = files::name_as_text(name).into_owned();
+        let look = if is_text {
+            look(&entry.path())
+        } else {
+            Some(HeadEntry::Unusable("its name is not UTF-8".to_owned()))
         };
-        if facts.is_file() {
-            let stamp = FileStamp {
-                device: facts.dev(),
-                inode: facts.ino(),
-                len: facts.len(),
-                changed: (facts.ctime(), facts.ctime_nsec()),
-            };
-            found.insert(name.to_owned(), stamp);
-        }
+        found.extend(look.map(|entry| (name, entry)));
     }
     if found.len() > HEADS_MAX {
         return Err(io::Error::other(format!(
@@ -309,12 +346,33 @@ fn scan(dir: &Path) -> io::Result<BTreeMap<String, FileStamp>> {
     Ok(found)
 }
 
+/// Looks at an entry of the directory, through links; `None` if the entry was
+/// removed since the directory was listed.
+fn look(path: &Path) -> Option<HeadEntry> {
+    let trouble = match files::look(path) {
+        Ok(Ok(facts)) if facts.is_file() => {
+            return Some(HeadEntry::File(FileStamp {
+                device: facts.dev(),
+                inode: facts.ino(),
+                len: facts.len(),
+                changed: (facts.ctime(), facts.ctime_nsec()),
+            }));
+        }
+        Ok(Ok(facts)) if facts.is_dir() => Trouble::Folder.to_string(),
+        Ok(Ok(_)) => Trouble::Special.to_string(),
+        Ok(Err(Trouble::Missing)) => return None,
+        Ok(Err(trouble)) => trouble.to_string(),
+        Err(error) => error.to_string(),
+    };
+    Some(HeadEntry::Unusable(trouble))
+}
+
 /// Reads and checks a head of the directory. `others` are the bytes of the
 /// other heads' weights.
 fn open(
     dir: &Path,
     name: &str,
-    stamp: FileStamp,
+    entry: &HeadEntry,
     flags: &[HeadFlag],
     model: &Model,
     width: Option<usize>,
@@ -327,6 +385,12 @@ fn open(
             "{shown}: the name {name} is that of a --head; rename the file"
         ));
     }
+    let stamp = match entry {
+        HeadEntry::File(stamp) => stamp,
+        HeadEntry::Unusable(trouble) => {
+            return Err(format!("{shown}: {trouble}; replace or remove it"));
+        }
+    };
     let size = usize::try_from(stamp.len).unwrap_or(usize::MAX);
     if others.saturating_add(size) > WEIGHT_BYTES_MAX {
         return Err(format!(

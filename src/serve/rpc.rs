@@ -44,7 +44,7 @@ use tonic::codec::CompressionEncoding;
 use tonic::service::Routes;
 use tonic::{Code, Request, Response, Status};
 use tower::Layer as _;
-use tower::util::option_layer;
+use tower::util::{MapRequestLayer, option_layer};
 use tower_http::validate_request::ValidateRequestHeaderLayer;
 
 use self::arriving::Arrived;
@@ -174,6 +174,7 @@ pub(crate) async fn serve(
         option_layer(own_pages.map(ValidateRequestHeaderLayer::custom)),
         option_layer(web.page),
         option_layer(web.cors),
+        option_layer(http1.then(|| MapRequestLayer::new(web::name_type as web::Rename))),
         option_layer(web.calls),
         ValidateRequestHeaderLayer::custom(not_grpc::GrpcOnly { http1 }),
         observe,

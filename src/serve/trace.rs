@@ -10,6 +10,7 @@
 
 mod export;
 mod headers;
+mod state;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,6 +34,7 @@ use crate::serve::metrics::Metrics;
 use crate::serve::metrics::trace::SpanDrop;
 
 pub(crate) use self::export::SpanExport;
+pub(crate) use self::state::tracestate;
 pub(crate) use opentelemetry::KeyValue as SpanAttribute;
 pub(crate) use opentelemetry::trace::SpanContext as SpanLink;
 
@@ -41,9 +43,6 @@ const UNITS_MAX: usize = 4096;
 /// Most bytes of the spans that wait, by [`weight`]: about a thousand calls, or
 /// two hundred streams with all their events.
 const BYTES_MAX: usize = 4 << 20;
-/// Longest `tracestate` that is kept: what the W3C asks every vendor to keep. It
-/// is the caller's own text, and is in one span per call.
-const TRACESTATE_LEN_MAX: usize = 512;
 /// Most calls that the span of one batch names: as many as the largest batch
 /// has on a CPU; a span with more links is cut by many collectors (128 is the
 /// default limit of the specification).
@@ -99,7 +98,7 @@ fn weight(span: &SpanData) -> usize {
 pub(crate) struct TraceHeaders<'a> {
     /// Value of `traceparent`, whose form was checked.
     pub traceparent: Option<&'a str>,
-    /// Values of `tracestate`, joined by commas.
+    /// List of `tracestate`, whose form was checked.
     pub tracestate: Option<String>,
 }
 
@@ -180,18 +179,13 @@ impl Traces {
         if sampled.decision != SamplingDecision::RecordAndSample {
             return None;
         }
-        let is_long = sampled.trace_state.header().len() > TRACESTATE_LEN_MAX;
         let is_by_parent_alone = parent.is_some() && !tracing.samples_by_ratio(trace_id, name);
         let context = SpanContext::new(
             trace_id,
             tracing.ids.new_span_id(),
             TraceFlags::SAMPLED,
             false,
-            if is_long {
-                TraceState::default()
-            } else {
-                sampled.trace_state
-            },
+            sampled.trace_state,
         );
         Some(CallSpan {
             is_by_parent_alone,

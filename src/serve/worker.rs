@@ -20,7 +20,6 @@ use crate::engine::EngineFacts;
 use crate::gpu;
 use crate::imaging::{ImageLimits, Palette, Preprocessor};
 use crate::model::Model;
-use crate::model::head::LinearHead;
 use crate::serve::admission::{Admission, Capacity, Occupancy};
 use crate::serve::batcher::Batcher;
 use crate::serve::batcher::policy::Policy;
@@ -32,7 +31,7 @@ use crate::serve::devices::{
 };
 use crate::serve::engine_thread::Runner;
 use crate::serve::engines::to_usize;
-use crate::serve::heads::{self, HeadFollower};
+use crate::serve::heads::{self, HeadFollower, StartHeads};
 use crate::serve::http::PageSources;
 use crate::serve::metrics::Metrics;
 use crate::serve::preprocess::queue::{QueueEntrance, ThreadReach};
@@ -220,7 +219,7 @@ impl Worker {
     pub async fn start(
         config: &ServeConfig,
         model: Model,
-        heads: Vec<LinearHead>,
+        heads: StartHeads,
         engines: Vec<DeviceEngine>,
     ) -> anyhow::Result<Self> {
         let started = Instant::now();

@@ -389,6 +389,15 @@ async fn calls_need_a_token_and_probes_do_not() {
         wrong,
         "UNAUTHENTICATED: authorization: the bearer token is not one that the worker accepts"
     );
+    // A byte order mark, and the worker's own file with names.
+    let marked = with("marked", &format!("\u{feff}{TOKEN}\n"));
+    call(&worker, "http", &marked).await.expect("a call");
+    let named = refusal(call(&worker, "http", &with("named", &format!("a {TOKEN}"))).await);
+    assert!(
+        named.starts_with("--token-file") && named.contains("a token has no spaces"),
+        "{named}"
+    );
+    assert!(!named.contains(TOKEN), "{named}");
     let missing = refusal(call(&worker, "http", &ConnectConfig::default()).await);
     assert!(
         missing.starts_with("UNAUTHENTICATED: authorization: the call has no"),

@@ -14,6 +14,7 @@ use imagegpt::model::{CallTask, Model, ModelNeed};
 use imagegpt::proto::pb;
 use imagegpt::runtime::Runtime;
 use imagegpt::serve::engines::onnx_engines;
+use imagegpt::serve::heads::StartHeads;
 use imagegpt::serve::worker::Worker;
 use prost::Message as _;
 use prost::encoding::{decode_varint, encode_varint};
@@ -486,7 +487,7 @@ async fn why_not(folder: &Path) -> String {
     };
     let config = harness::config(folder, &[]);
     let engines = onnx_engines(&config, &model, &[]).expect("engines");
-    let mut worker = Worker::start(&config, model, Vec::new(), engines)
+    let mut worker = Worker::start(&config, model, StartHeads::default(), engines)
         .await
         .expect("a worker");
     let error = worker.ready().await.expect_err("not to be served");

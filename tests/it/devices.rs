@@ -10,6 +10,7 @@ use imagegpt::proto::pb;
 use imagegpt::runtime::error::EngineError;
 use imagegpt::serve::devices::{DeviceEngine, FailureKind};
 use imagegpt::serve::engines::{engines, onnx_engines};
+use imagegpt::serve::heads::StartHeads;
 use imagegpt::serve::worker::Worker;
 use tonic::{Code, Status};
 
@@ -304,7 +305,7 @@ async fn a_device_that_is_lost_while_it_loads_is_told_from_a_wrong_model() {
         let expected = error.to_string();
         let engines = vec![fails_to_load(error)];
         let model = Model::open(&dir, None).expect("a model");
-        let worker = Worker::start(&config, model, Vec::new(), engines).await;
+        let worker = Worker::start(&config, model, StartHeads::default(), engines).await;
         let mut worker = worker.expect("a worker");
         let failure = worker.ready().await.expect_err("it does not load");
         assert_eq!(failure.kind, kind);
@@ -329,7 +330,7 @@ async fn a_worker_starts_with_all_of_its_devices_or_not_at_all() {
     let mut engines = harness::one(harness::fake_factory(Script::default()));
     engines.push(slow);
     let model = Model::open(&dir, None).expect("a model");
-    let worker = Worker::start(&config, model, Vec::new(), engines).await;
+    let worker = Worker::start(&config, model, StartHeads::default(), engines).await;
     let mut worker = worker.expect("a worker");
     let first = "imagegpt_device_up{device=\"0\"}";
     until_sample(&worker, first, |up| up >= 1.0).await;
@@ -343,7 +344,7 @@ async fn a_worker_starts_with_all_of_its_devices_or_not_at_all() {
         "no such device".to_owned(),
     )));
     let model = Model::open(&dir, None).expect("a model");
-    let worker = Worker::start(&config, model, Vec::new(), engines).await;
+    let worker = Worker::start(&config, model, StartHeads::default(), engines).await;
     let mut worker = worker.expect("a worker");
     let error = worker.ready().await.expect_err("one is missing");
     assert_eq!(error.to_string(), "device 7: no such device");

@@ -23,7 +23,7 @@ use imagegpt::runtime::{GpuAttention, GpuCopies};
 use imagegpt::serve::config::ServeConfig;
 use imagegpt::serve::devices::DeviceEngine;
 use imagegpt::serve::engines::onnx_engines;
-use imagegpt::serve::heads;
+use imagegpt::serve::heads::StartHeads;
 use imagegpt::serve::worker::{Worker, WorkerEnded};
 use serde::Deserialize;
 use tonic::transport::Channel;
@@ -200,7 +200,7 @@ pub(crate) async fn fake_devices(scripts: Vec<Script>, flags: &[&str]) -> Runnin
     };
     let engines = (0..).zip(scripts).map(engine).collect();
     let model = Model::open(&dir, None).expect("a model");
-    let worker = start_worker(&config(&dir, flags), model, Vec::new(), engines).await;
+    let worker = start_worker(&config(&dir, flags), model, StartHeads::default(), engines).await;
     let client = connect(&worker).await;
     Running { worker, client }
 }
@@ -219,16 +219,16 @@ pub(crate) async fn start(
     let model = Model::open(dir, None).expect("a model");
     let flags = &config.model.heads;
     let heads = flags.iter().map(LinearHead::open);
-    let mut heads: Vec<LinearHead> = heads.collect::<Result<_, _>>().expect("heads");
+    let mut heads = StartHeads::new(heads.collect::<Result<_, _>>().expect("heads"));
     if let Some(dir) = &config.model.head_dir {
-        heads.extend(heads::read_dir(dir, flags, &model).expect("a directory"));
+        heads.add_dir(dir, flags, &model).expect("a directory");
     }
     let engines = match factory {
         Some(factory) => {
             let id = config.model.devices.ids[0];
             vec![DeviceEngine { id, factory }]
         }
-        None => onnx_engines(&config, &model, &heads).expect("ONNX Runtime"),
+        None => onnx_engines(&config, &model, &heads.heads).expect("ONNX Runtime"),
     };
     let worker = start_worker(&config, model, heads, engines).await;
     let client = connect(&worker).await;
@@ -240,13 +240,13 @@ pub(crate) async fn fake_worker(script: Script, flags: &[&str]) -> Worker {
     let dir = model_dir("micro");
     let model = Model::open(&dir, None).expect("a model");
     let engines = one(fake_factory(script));
-    start_worker(&config(&dir, flags), model, Vec::new(), engines).await
+    start_worker(&config(&dir, flags), model, StartHeads::default(), engines).await
 }
 
 async fn start_worker(
     config: &ServeConfig,
     model: Model,
-    heads: Vec<LinearHead>,
+    heads: StartHeads,
     engines: Vec<DeviceEngine>,
 ) -> Worker {
     let mut worker = Worker::start(config, model, heads, engines)

@@ -19,6 +19,7 @@ use tonic::Code;
 use crate::compiled::{classification, compiled_folder, copy_all, run, runtime, text};
 use crate::harness::{self, Running, encoded, f32s};
 use crate::oip::{client, files, golden, infer, outputs, parameters, tensor, word};
+use crate::process;
 
 /// Picture with colors under its transparent pixels that are not white.
 const PICTURE: &str = "emoji-1f308.png";
@@ -576,11 +577,116 @@ async fn heads_of_a_directory_follow_its_files() {
     let gone = running.client.clone().classify(gone).await;
     assert_eq!(gone.expect_err("no head").code(), Code::NotFound);
 
+    // A name that stands there and is no file is no head that is gone.
+    let at = |name: &str| dir.join(name);
+    for name in ["b.safetensors", "broken.safetensors"] {
+        std::fs::remove_file(at(name)).expect("removed");
+    }
+    std::os::unix::fs::symlink("/nonexistent", at("b.safetensors")).expect("a link");
+    std::fs::create_dir(at("broken.safetensors")).expect("a directory");
+    put("e.safetensors", &content(&plain()));
+    until_reloaded(&running, 7.0).await;
+    assert_eq!(names(&running).await, ["fixed", "b", "broken", "e"]);
+    assert!((ask("broken").await[0] - before[0] - 9.0).abs() < 1e-5);
+    harness::until_sample(&running.worker, failed, |n| n == 1.0).await;
+    std::fs::remove_file(at("b.safetensors")).expect("removed");
+    std::fs::remove_dir(at("broken.safetensors")).expect("removed");
+    until_reloaded(&running, 9.0).await;
+    assert_eq!(names(&running).await, ["fixed", "e"]);
+
     // A directory that cannot be read changes nothing.
     std::fs::rename(&dir, folder.path().join("away")).expect("renamed");
     harness::until_sample(&running.worker, failed, |n| n == 1.0).await;
-    assert_eq!(names(&running).await, ["fixed", "b", "broken"]);
+    assert_eq!(names(&running).await, ["fixed", "e"]);
     running.end().await;
+}
+
+/// Entries of a directory that are no heads are told once each, those that
+/// stand there at start too, and the links of Kubernetes are none of them.
+#[test]
+fn what_is_no_head_is_told_once() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let output = micro(folder.path());
+    let dir = folder.path().join("heads");
+    let at = |name: &str| dir.join(name);
+    let link = |to: &str, name: &str| std::os::unix::fs::symlink(to, at(name)).expect("a link");
+    for version in ["..1", "..2"] {
+        std::fs::create_dir_all(at(version)).expect("a directory");
+    }
+    write(&at("..1"), "mounted", &plain());
+    let raised = HeadFile {
+        bias: vec![1.5, 0.0],
+        ..plain()
+    };
+    write(&at("..2"), "mounted", &raised);
+    link("..1", "..data");
+    link("..data/mounted.safetensors", "mounted.safetensors");
+    link("/nonexistent", "nowhere.safetensors");
+    link("loop.safetensors", "loop.safetensors");
+    link("/dev/zero", "endless.safetensors");
+    std::fs::create_dir(at("folder.safetensors")).expect("a directory");
+    process::make_pipe(&at("pipe.safetensors"));
+    std::fs::write(at("damaged.safetensors"), b"nothing").expect("written");
+    for ignored in ["notes.txt", ".hidden.safetensors"] {
+        link("/nonexistent", ignored);
+    }
+    let flags = ["--model", text(&output), "--head-dir", text(&dir)];
+    let log = folder.path().join("log");
+    let worker = process::Worker::start(
+        &[&flags[..], &["--log-format", "json"]].concat(),
+        std::fs::File::create(&log).expect("a log"),
+    );
+    let reloads = |n| {
+        worker.until("a reload", |worker| {
+            worker.sample("imagegpt_reloads_total{file=\"heads\"}") == Some(n)
+        });
+    };
+    // As Kubernetes swaps a mount; and what a good file becomes.
+    link("..2", "..next");
+    std::fs::rename(at("..next"), at("..data")).expect("renamed");
+    reloads(1.0);
+    link("/nonexistent", ".next");
+    std::fs::rename(at(".next"), at("mounted.safetensors")).expect("renamed");
+    write(&dir, "later", &plain());
+    reloads(2.0);
+    std::fs::remove_file(at("later.safetensors")).expect("removed");
+    reloads(3.0);
+    worker.end();
+    let mut told: Vec<(String, String)> = Vec::new();
+    for line in std::fs::read_to_string(log).expect("a log").lines() {
+        let event: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        let word = |name: &str| event[name].as_str().unwrap_or_default().to_owned();
+        if event["level"] == "ERROR" {
+            told.push((word("error"), word("message")));
+        }
+        assert!(
+            !word("message").contains("out of service") || event["head"] == "later",
+            "{line}"
+        );
+    }
+    let (nowhere, special) = (
+        "it is a symbolic link whose target does not exist",
+        "it is neither a file nor a directory",
+    );
+    let expected = [
+        ("damaged", "not a safetensors file"),
+        ("endless", special),
+        ("folder", "it is a directory"),
+        ("loop", "it is a symbolic link that cannot be followed"),
+        ("nowhere", nowhere),
+        ("pipe", special),
+        ("mounted", nowhere),
+    ];
+    assert_eq!(told.len(), expected.len(), "{told:#?}");
+    for ((error, message), (name, why)) in told.iter().zip(expected) {
+        let file = at(&format!("{name}.safetensors"));
+        assert!(
+            error.contains(text(&file)) && error.contains(why),
+            "{name}: {error}"
+        );
+        let is_kept = message.ends_with("; the one before stays in service");
+        assert_eq!(is_kept, name == "mounted", "{name}: {message}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use imagegpt::engine::{Engine, EngineFactory};
 use imagegpt::model::Model;
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
+use imagegpt::serve::heads::StartHeads;
 use imagegpt::serve::worker::{Worker, WorkerEnded};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Streaming};
@@ -49,7 +50,7 @@ async fn serving_begins_when_the_model_is_warm() {
     let dir = harness::model_dir("micro");
     let config = harness::config(&dir, &[]);
     let model = Model::open(&dir, None).expect("a model");
-    let mut worker = Worker::start(&config, model, Vec::new(), harness::one(factory))
+    let mut worker = Worker::start(&config, model, StartHeads::default(), harness::one(factory))
         .await
         .expect("a worker");
     let channel = channel(&worker).await;
@@ -106,7 +107,7 @@ async fn a_watch_follows_and_stays_open_for_an_unknown_name() {
     let dir = harness::model_dir("micro");
     let config = harness::config(&dir, &[]);
     let model = Model::open(&dir, None).expect("a model");
-    let mut worker = Worker::start(&config, model, Vec::new(), harness::one(factory))
+    let mut worker = Worker::start(&config, model, StartHeads::default(), harness::one(factory))
         .await
         .expect("a worker");
     let mut health = HealthClient::new(channel(&worker).await);

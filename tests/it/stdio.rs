@@ -13,6 +13,67 @@ use crate::generate::compiled;
 use crate::harness::{self, PATIENCE, embed, seeded, tokens};
 use crate::process::{PROGRAM, Worker};
 
+/// Every line of a JSON log is an object, while a model is compiled and when
+/// the worker cannot start, too.
+#[test]
+fn a_log_in_json_has_objects_alone() {
+    let cache = tempfile::tempdir().expect("a directory");
+    let cache = cache.path().to_str().expect("UTF-8");
+    let model = harness::model_dir("micro-checkpoint");
+    let model = model.to_str().expect("UTF-8");
+    let flags = ["--model", model, "--cache-dir", cache];
+    let (worker, log) = Worker::starting(&flags);
+    let mut steps = Vec::new();
+    while let Some(line) = log.next() {
+        let event: serde_json::Value = serde_json::from_str(&line).expect(&line);
+        if event["message"] == "compiling" {
+            steps.push(event["step"].as_str().expect("a step").to_owned());
+        }
+        if event["message"] == "ready" {
+            break;
+        }
+    }
+    assert!(steps.contains(&"writing weights".to_owned()), "{steps:?}");
+    drop(worker);
+    for wrong in [
+        &["--model", "/nonexistent/model"][..],
+        &[
+            "--model",
+            model,
+            "--cache-dir",
+            cache,
+            "--listen",
+            "192.0.2.1:0",
+            "--insecure",
+        ],
+        &[
+            "--model",
+            model,
+            "--fake-engine",
+            "1ms",
+            "--head-dir",
+            cache,
+        ],
+    ] {
+        // Not even a filter hides why the worker ended.
+        let fixed = ["serve", "--log-format", "json", "--log", "off"];
+        let (code, said) = run(&[&fixed, wrong].concat(), Sink::Read, Sink::Read);
+        assert_eq!(code, Some(2), "{wrong:?}: {said}");
+        let events: Vec<serde_json::Value> = said
+            .lines()
+            .map(|line| serde_json::from_str(line).expect(line))
+            .collect();
+        let [event] = &events[..] else {
+            panic!("{wrong:?}: {said}");
+        };
+        assert_eq!(event["level"], "ERROR", "{said}");
+        assert!(
+            event["message"].is_string() && event["timestamp"].is_string(),
+            "{said}"
+        );
+    }
+}
+
 /// Destination of an output stream of the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Sink {

@@ -449,6 +449,30 @@ async fn strangers_do_not_decide_what_is_traced() {
     assert_eq!(attribute(call, "imagegpt.caller").as_deref(), Some("probe"));
 }
 
+/// The ratio and the caller's span must both sample the call of a stranger.
+#[tokio::test]
+async fn of_a_stranger_the_ratio_samples_no_more_than_its_span() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let file = folder.path().join("tokens");
+    std::fs::write(&file, "probe 0123456789abcdef").expect("written");
+    let tokens = file.to_str().expect("UTF-8");
+    let flags = ["--auth-tokens-file", tokens, "--otlp-sample-ratio", "1"];
+    let (mut running, collector) = traced(Script::default(), &flags).await;
+    let alone = Request::new(embed(vec![flat(1)]));
+    for request in [
+        with_parent(vec![flat(1)], "00"),
+        with_parent(vec![flat(1)], "01"),
+        alone,
+    ] {
+        let status = running.client.embed(request).await.expect_err("no token");
+        assert_eq!(status.code(), tonic::Code::Unauthenticated);
+    }
+    running.end().await;
+    let calls = collector.named(METHOD);
+    let parents: Vec<String> = calls.iter().map(|call| hex(&call.parent_span_id)).collect();
+    assert_eq!(parents, [PARENT, ""]);
+}
+
 #[tokio::test]
 async fn a_caller_fills_no_queue_with_its_own_words() {
     let (mut running, collector) = traced(Script::default(), &[]).await;
@@ -644,7 +668,7 @@ async fn the_access_log_has_a_line_per_call_with_times_as_numbers() {
     assert!(refused.get("inference_ms").is_none(), "{refused}");
     assert_eq!(event["level"], "INFO");
     assert_eq!(event["code"], "OK");
-    assert_eq!(event["images"], 1);
+    assert_eq!((&event["images"], &event["batch"]), (&1.into(), &1.into()));
     assert!(event["span"]["request_id"].is_string());
     assert!(
         event["peer"]

@@ -106,7 +106,7 @@ async fn browsers_may_call_where_they_are_let() {
 
     // The other service, and an error.
     let head = "POST /inference.GRPCInferenceService/ModelMetadata HTTP/1.1\r\n\
-                content-type: application/grpc-web+proto";
+                content-type: Application/GRPC-Web+proto; charset=utf-8";
     let unknown = oip::ModelMetadataRequest {
         name: "other".to_owned(),
         ..Default::default()

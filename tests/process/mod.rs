@@ -315,7 +315,7 @@ impl Log {
     }
 
     /// Returns the next line; `None` after the worker has ended.
-    fn next(&self) -> Option<String> {
+    pub(crate) fn next(&self) -> Option<String> {
         match self.0.recv_timeout(PATIENCE) {
             Ok(line) => Some(line),
             Err(mpsc::RecvTimeoutError::Disconnected) => None,

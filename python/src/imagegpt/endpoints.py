@@ -169,15 +169,23 @@ class ConnectOptions:
         token that was replaced is used.
 
         Raises:
-            ValueError: The token file has no token.
+            ValueError: The token file has no token, or more than a token in its line.
             OSError: The token file cannot be read.
         """
         token = self.token
         if self.token_file is not None:
-            lines = (line.strip() for line in self.token_file.read_text().splitlines())
+            # Some editors begin a file with a byte order mark.
+            text = self.token_file.read_text(encoding="utf-8-sig")
+            lines = (line.strip() for line in text.splitlines())
             token = next((line for line in lines if line and not line.startswith("#")), None)
             if token is None:
                 raise ValueError(f"token_file {self.token_file} has no token")
+            if len(token.split()) > 1:
+                raise ValueError(
+                    f"token_file {self.token_file}: the first line has several words, and a token "
+                    "has no spaces; give a file with the token alone, not the auth_tokens_file of "
+                    "the worker"
+                )
         if token is None:
             return ()
         _check_token(token)

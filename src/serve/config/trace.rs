@@ -46,6 +46,7 @@ pub struct TraceConfig {
         env = "IMAGEGPT_OTLP_SAMPLE_RATIO",
         default_value_t = 1.0,
         value_name = "RATIO",
+        requires = "otlp_endpoint",
         value_parser = bounded_number(0.0, 1.0)
     )]
     pub otlp_sample_ratio: f64,
@@ -75,7 +76,13 @@ impl TraceConfig {
 }
 
 fn endpoint(text: &str) -> Result<String, String> {
-    let uri: http::Uri = text.parse().map_err(|error| format!("{error}"))?;
+    const FORM: &str = "write a URL such as http://collector:4317";
+    if matches!(text, "http://" | "https://") {
+        return Err(format!("it has no host; {FORM}"));
+    }
+    let uri: http::Uri = text
+        .parse()
+        .map_err(|error| format!("it is no URL ({error}); {FORM}"))?;
     let has_scheme = matches!(uri.scheme_str(), Some("http" | "https"));
     let authority = uri.authority().map_or("", http::uri::Authority::as_str);
     // Of an address of IPv6, the part behind the bracket.
@@ -85,10 +92,16 @@ fn endpoint(text: &str) -> Result<String, String> {
         .and_then(|rest| rest.split_once(':'));
     let has_bad_port = port.is_some() && uri.port_u16().is_none();
     let is_plain = !authority.contains('@') && !has_bad_port;
-    if has_scheme && is_plain && uri.host().is_some_and(|host| !host.is_empty()) {
-        Ok(text.to_owned())
-    } else {
-        Err("it must be a URL such as http://collector:4317".to_owned())
+    let has_host = uri.host().is_some_and(|host| !host.is_empty());
+    if !has_scheme || !is_plain || !has_host {
+        return Err(format!("it must be a scheme, a host and a port; {FORM}"));
+    }
+    match uri.path_and_query().map_or("/", |path| path.as_str()) {
+        "" | "/" => Ok(text.to_owned()),
+        path => Err(format!(
+            "the path {path} is for OTLP over HTTP, and spans are sent over gRPC, which has none; \
+             remove it, and give the collector's port for gRPC (4317 unless set otherwise)"
+        )),
     }
 }
 
@@ -113,8 +126,20 @@ mod tests {
             "http://",
             "http://user:secret@collector:4317",
             "http://collector:99999",
+            "http://a b",
         ] {
-            assert!(endpoint(bad).is_err(), "{bad}");
+            let error = endpoint(bad).expect_err(bad);
+            assert!(
+                error.contains("; write a URL such as http://"),
+                "{bad}: {error}"
+            );
+        }
+        for path in ["/v1/traces", "/otlp/", "/?a=b"] {
+            let error = endpoint(&format!("http://collector:4317{path}")).expect_err(path);
+            assert!(
+                error.starts_with(&format!("the path {path} is for")),
+                "{error}"
+            );
         }
     }
 }

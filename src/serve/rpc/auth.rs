@@ -15,7 +15,7 @@ use tower_http::validate_request::ValidateRequest;
 use self::file::TokensFile;
 use super::calling::CallFacts;
 use super::listen::Peer;
-use super::observe::PRIORITY;
+use super::observe::{PRIORITY, single};
 use super::reload::{Follower, Latest, open};
 use super::status;
 use super::tls::ClientNames;
@@ -83,12 +83,14 @@ impl AcceptedTokens {
     /// # Errors
     ///
     /// [`RequestError::Unauthenticated`] if the file has tokens, the call has
-    /// none of them, and no line names its certificate.
+    /// none of them, and no line names its certificate;
+    /// [`RequestError::MetadataRepeated`] if the call has several tokens.
     fn check(
         &self,
         headers: &HeaderMap,
         certificate: Option<&ClientNames>,
     ) -> Result<Caller, RequestError> {
+        single(headers, &[header::AUTHORIZATION])?;
         let token = headers
             .get(header::AUTHORIZATION)
             .and_then(|value| bearer(value.as_bytes()));
@@ -249,6 +251,18 @@ mod tests {
             Some("9"),
             stranger,
             "authorization: the bearer token is not",
+        );
+        let mut headers = HeaderMap::new();
+        for token in ["1", "3"] {
+            let value = format!("Bearer {TOKEN}-{token}");
+            headers.append("authorization", value.parse().expect("a header value"));
+        }
+        let error = tokens.check(&headers, None).expect_err("two tokens");
+        assert!(
+            error
+                .to_string()
+                .starts_with("authorization: the call has it"),
+            "{error}"
         );
     }
 

@@ -100,6 +100,9 @@ pub(super) enum RequestError {
     /// The metadata names an unknown priority class.
     #[error("imagegpt-priority: {given:?} is not a class; use \"interactive\" or \"bulk\"")]
     PriorityUnknown { given: Excerpt },
+    /// The metadata has several values of something that can have one.
+    #[error("{name}: the call has it with several values; send one")]
+    MetadataRepeated { name: http::HeaderName },
     /// The request message is larger than the limit.
     #[error(
         "request: the message is too large; the limit is {max} bytes (--request-bytes-max); send \
@@ -153,6 +156,7 @@ impl RequestError {
             | Self::StreamMisused { .. }
             | Self::StreamEnded { .. }
             | Self::PriorityUnknown { .. }
+            | Self::MetadataRepeated { .. }
             | Self::OfImage { .. }
             | Self::Unauthenticated { .. }
             | Self::RequestSlow { .. }

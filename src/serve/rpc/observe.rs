@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use http::{HeaderMap, HeaderValue, Request, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use tokio::sync::watch;
 use tonic::body::Body;
 use tonic::{Code, Status};
@@ -33,7 +33,7 @@ use crate::serve::metrics::Metrics;
 use crate::serve::readiness::Readiness;
 use crate::serve::rpc::error::RequestError;
 use crate::serve::timeline::CallTimeline;
-use crate::serve::trace::{CallSpan, TraceHeaders, Traces};
+use crate::serve::trace::{CallSpan, TraceHeaders, Traces, tracestate};
 
 /// Largest size of a message to health checks and reflection, which holds a
 /// name. These bytes are not counted: all of them on one connection are less
@@ -44,6 +44,13 @@ const NAME_BYTES_MAX: usize = 4 << 10;
 const REQUEST_ID: &str = "x-request-id";
 /// Header with the name of a call's priority class.
 pub(super) const PRIORITY: &str = "imagegpt-priority";
+/// Metadata that says one thing about a call. (`authorization` is read where a
+/// call is authenticated. Of several request ids the first counts: they change
+/// no answer, and a proxy may add its own.)
+const SINGLE: [HeaderName; 2] = [
+    HeaderName::from_static(PRIORITY),
+    HeaderName::from_static("grpc-timeout"),
+];
 /// Largest length of a caller's request id; a longer id is replaced, since the
 /// id is in every log line of the call.
 const REQUEST_ID_LEN_MAX: usize = 128;
@@ -252,7 +259,9 @@ where
         let deadline = deadline::of(request.headers(), started);
         let course = CallCourse::new(ending, self.observe.calls.enter(report));
         let request_bytes_max = self.observe.request_bytes_max;
-        let call = class(request.headers(), method).map(|class| {
+        let class =
+            single(request.headers(), &SINGLE).and_then(|()| class(request.headers(), method));
+        let call = class.map(|class| {
             let mut request = self.observe.arriving(request, method, class, &caller);
             if method.client_streams() || method.server_streams() {
                 request.extensions_mut().insert(course.clone());
@@ -346,6 +355,19 @@ fn class(headers: &HeaderMap, method: RpcMethod) -> Result<Priority, RequestErro
         })
 }
 
+/// Checks that metadata that can have one value does not have several: the
+/// worker cannot know which of them the caller means.
+pub(super) fn single(headers: &HeaderMap, names: &[HeaderName]) -> Result<(), RequestError> {
+    for name in names {
+        let mut values = headers.get_all(name).iter();
+        let first = values.next();
+        if values.any(|value| Some(value) != first) {
+            return Err(RequestError::MetadataRepeated { name: name.clone() });
+        }
+    }
+    Ok(())
+}
+
 /// Guard that counts a call when it ends, also if its future is dropped because
 /// the caller disconnected.
 #[derive(Debug)]
@@ -434,22 +456,24 @@ fn generated_id() -> HeaderValue {
 
 /// Returns the headers that say to which trace a call belongs.
 fn trace_headers(headers: &HeaderMap) -> TraceHeaders<'_> {
-    let mut parents = headers.get_all("traceparent").iter();
-    // Of several parents none is the parent.
-    let parent = parents.next().filter(|_| parents.next().is_none());
-    let parent = parent.filter(|_| trace_id(headers).is_some());
+    let parent = parent(headers).filter(|_| trace_id(headers).is_some());
     let states = headers.get_all("tracestate").iter();
-    let states: Vec<&str> = states.filter_map(|state| state.to_str().ok()).collect();
     TraceHeaders {
         traceparent: parent.and_then(|parent| parent.to_str().ok()),
-        tracestate: (!states.is_empty()).then(|| states.join(",")),
+        tracestate: tracestate(states.map(HeaderValue::as_bytes)),
     }
+}
+
+/// Returns the header `traceparent`; of several parents none is the parent.
+fn parent(headers: &HeaderMap) -> Option<&HeaderValue> {
+    let mut parents = headers.get_all("traceparent").iter();
+    parents.next().filter(|_| parents.next().is_none())
 }
 
 /// Returns the trace id of a W3C `traceparent` header, which has a version, the
 /// trace id (32 hexadecimal digits, not all zero), a parent id and flags.
 fn trace_id(headers: &HeaderMap) -> Option<&str> {
-    let value = headers.get("traceparent")?.to_str().ok()?;
+    let value = parent(headers)?.to_str().ok()?;
     let mut parts = value.split('-');
     let (version, trace, parent, flags) =
         (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
@@ -562,6 +586,30 @@ mod tests {
             None,
         );
         check("nonsense", None);
+        // Of several parents none is the parent.
+        let mut several = headers("traceparent", &format!("00-{trace}-00f067aa0ba902b7-01"));
+        assert_eq!(trace_id(&several), Some(trace));
+        let other = several["traceparent"].clone();
+        several.append("traceparent", other);
+        assert_eq!(trace_id(&several), None);
+    }
+
+    #[test]
+    fn metadata_with_one_value_has_one() {
+        for name in SINGLE {
+            let mut given = HeaderMap::new();
+            for _ in 0..2 {
+                given.append(&name, HeaderValue::from_static("bulk"));
+            }
+            assert!(single(&given, &SINGLE).is_ok(), "{name}");
+            given.append(&name, HeaderValue::from_static("interactive"));
+            let error = single(&given, &SINGLE).expect_err("two values").to_string();
+            assert!(error.starts_with(name.as_str()), "{error}");
+        }
+        // Lists may go on in another header.
+        let mut given = headers("tracestate", "a=1");
+        given.append("tracestate", HeaderValue::from_static("b=2"));
+        assert!(single(&given, &SINGLE).is_ok());
     }
 
     #[test]

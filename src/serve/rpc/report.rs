@@ -98,13 +98,25 @@ impl CallReport {
             let duration = times.stages[stage as usize];
             duration.map(|duration| rounded(milliseconds(duration)))
         };
+        // A call that is no stream has a whole number, which is written as one.
+        let mean = rounded(times.batch);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a whole number of images in a batch"
+        )]
+        let whole = (mean.fract() == 0.0).then_some(mean as u64);
+        let batch: &dyn tracing::Value = match &whole {
+            Some(whole) => whole,
+            None => &mean,
+        };
         tracing::info!(
             target: "imagegpt::access",
             code = self.timeline.code().name(),
             peer = self.peer.map(tracing::field::display),
             class = self.class(),
             images = times.n_images,
-            batch = (times.batch > 0.0).then(|| rounded(times.batch)),
+            batch = (times.batch > 0.0).then_some(batch),
             receive_ms = of(CallStage::Receive),
             admission_ms = of(CallStage::Admission),
             wait_ms = of(CallStage::Wait),

@@ -34,6 +34,7 @@ fn row(error: &RequestError) -> (Code, &'static str) {
         RequestError::OfImage { cause, .. } => row(cause),
         RequestError::MessageTooLarge { .. } => (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
         RequestError::PriorityUnknown { .. } => (Code::InvalidArgument, "PRIORITY_UNKNOWN"),
+        RequestError::MetadataRepeated { .. } => (Code::InvalidArgument, "METADATA_REPEATED"),
         RequestError::Unauthenticated { .. } => (Code::Unauthenticated, "UNAUTHENTICATED"),
         RequestError::RequestSlow { .. } => (Code::DeadlineExceeded, "REQUEST_SLOW"),
         RequestError::RequestLate => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
@@ -159,7 +160,7 @@ mod tests {
             items_answered: 3,
         };
         let engine = || StageError::from(EngineError::Runtime("secret path".to_owned()));
-        let rows: [(RequestError, Code, &str); 41] = [
+        let rows: [(RequestError, Code, &str); 42] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -291,6 +292,13 @@ mod tests {
                 },
                 Code::InvalidArgument,
                 "PRIORITY_UNKNOWN",
+            ),
+            (
+                RequestError::MetadataRepeated {
+                    name: http::header::AUTHORIZATION,
+                },
+                Code::InvalidArgument,
+                "METADATA_REPEATED",
             ),
             (
                 StageError::Full {

@@ -9,7 +9,8 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use http::{HeaderName, HeaderValue, Method, header};
+use http::{HeaderName, HeaderValue, Method, Request, header};
+use tonic::body::Body;
 use tonic_web::GrpcWebLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
@@ -40,6 +41,32 @@ const RESPONSE_HEADERS: [HeaderName; 5] = [
     TIMING,
     HeaderName::from_static("x-request-id"),
 ];
+
+/// Content types of gRPC-Web, as the library that translates it knows them.
+const CONTENT_TYPES: [&str; 4] = [
+    "application/grpc-web",
+    "application/grpc-web+proto",
+    "application/grpc-web-text",
+    "application/grpc-web-text+proto",
+];
+
+/// Change of a request before its content type is read.
+pub(super) type Rename = fn(Request<Body>) -> Request<Body>;
+
+/// Writes a content type of gRPC-Web as the library knows it: in small letters
+/// and without parameters, which a client may add (RFC 9110, 8.3.1).
+pub(super) fn name_type(mut request: Request<Body>) -> Request<Body> {
+    if let Some(given) = request.headers_mut().get_mut(header::CONTENT_TYPE)
+        && let Ok(text) = given.to_str()
+        && let media = text.split(';').next().unwrap_or_default().trim()
+        && let Some(known) = CONTENT_TYPES
+            .into_iter()
+            .find(|known| known.eq_ignore_ascii_case(media))
+    {
+        *given = HeaderValue::from_static(known);
+    }
+    request
+}
 
 /// Layers for gRPC-Web; none if it is not served.
 #[derive(Debug, Clone, Default)]
@@ -95,4 +122,31 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
             .expose_headers(RESPONSE_HEADERS)
             .max_age(PREFLIGHT_MAX_AGE),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_types_are_told_apart_as_http_has_it() {
+        let check = |given: &str, expected: &str| {
+            let request = Request::builder().header(header::CONTENT_TYPE, given);
+            let request = request.body(Body::default()).expect("a request");
+            let named = name_type(request);
+            assert_eq!(named.headers()[header::CONTENT_TYPE], expected, "{given}");
+        };
+        check("APPLICATION/GRPC-WEB", "application/grpc-web");
+        check(
+            "application/grpc-web+proto; charset=x",
+            "application/grpc-web+proto",
+        );
+        check(
+            "Application/Grpc-Web-Text ;a=b",
+            "application/grpc-web-text",
+        );
+        for other in ["application/grpc", "application/json; a=b", "text/html"] {
+            check(other, other);
+        }
+    }
 }

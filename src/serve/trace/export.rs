@@ -33,6 +33,8 @@ const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest time for the last spans when the worker ends. A collector that is
 /// there needs milliseconds.
 const FLUSH_MAX: Duration = Duration::from_secs(2);
+/// Variable with attributes of the process.
+const RESOURCE_ATTRIBUTES: &str = "OTEL_RESOURCE_ATTRIBUTES";
 /// Attribute with the name of the service.
 const SERVICE_NAME: &str = "service.name";
 
@@ -56,6 +58,7 @@ pub(super) fn exporter(config: &TraceConfig) -> anyhow::Result<Option<SpanExport
     let mut exporter = builder
         .build()
         .with_context(|| format!("--otlp-endpoint {endpoint} cannot be used"))?;
+    warn_of_attributes(std::env::var_os(RESOURCE_ATTRIBUTES));
     exporter.set_resource(&resource());
     Ok(Some(exporter))
 }
@@ -77,6 +80,33 @@ fn authorities(path: &Path) -> anyhow::Result<Certificate> {
         flag()
     );
     Ok(Certificate::from_pem(pem))
+}
+
+/// Warns of what the library leaves out of `OTEL_RESOURCE_ATTRIBUTES`.
+fn warn_of_attributes(given: Option<std::ffi::OsString>) {
+    let Some(given) = given else {
+        return;
+    };
+    match given.to_str() {
+        None => tracing::warn!(
+            "{RESOURCE_ATTRIBUTES} is not UTF-8 and is left out; write KEY=VALUE, and commas \
+             between several"
+        ),
+        Some(text) => {
+            for part in malformed(text) {
+                tracing::warn!(
+                    part,
+                    "a part of {RESOURCE_ATTRIBUTES} is not KEY=VALUE and is left out"
+                );
+            }
+        }
+    }
+}
+
+/// Returns the parts of a list of attributes that are no attributes.
+fn malformed(text: &str) -> impl Iterator<Item = &str> {
+    let parts = text.split(',').map(str::trim);
+    parts.filter(|part| !part.is_empty() && !part.contains('='))
 }
 
 /// Returns the attributes of the process: those of OTEL_RESOURCE_ATTRIBUTES and
@@ -252,5 +282,21 @@ impl Collector {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_that_are_no_attributes_are_found() {
+        let check = |text: &str, expected: &[&str]| {
+            assert_eq!(malformed(text).collect::<Vec<_>>(), expected, "{text}");
+        };
+        check("", &[]);
+        check("a=b, c = d,e=,", &[]);
+        check("a", &["a"]);
+        check("a=b,, b c ,d", &["b c", "d"]);
     }
 }

@@ -8,6 +8,7 @@ use std::num::NonZeroU32;
 
 use anyhow::Context as _;
 
+use crate::files;
 use crate::proto::Priority;
 use crate::serve::caller::{CallerOptions, ImageRate, RatePeriod};
 use crate::serve::rpc::tls::SUBJECT_LEN_MAX;
@@ -56,7 +57,7 @@ impl<'a> TokensFile<'a> {
     /// Parses a file. `has_client_ca` is true if client certificates are
     /// verified.
     pub(super) fn parse(content: &'a [u8], has_client_ca: bool) -> anyhow::Result<Self> {
-        let text = std::str::from_utf8(content).context("the file is not UTF-8 text")?;
+        let text = files::text(content).context("the file is not UTF-8 text")?;
         let (mut file, mut seen) = (Self::default(), Seen::default());
         for (idx, line) in text.lines().enumerate() {
             let line = line.trim();
@@ -275,6 +276,11 @@ mod tests {
         check(TOKEN.as_bytes(), Ok(1));
         let several = format!("# ours\n{TOKEN}\r\n\n  {TOKEN}x\n#{TOKEN}");
         check(several.as_bytes(), Ok(2));
+        // Some editors begin a file so.
+        let marked = format!("\u{feff}{TOKEN}\n{TOKEN}x");
+        let file = TokensFile::parse(marked.as_bytes(), true).expect("a file");
+        assert_eq!(file.tokens[0].0, TOKEN);
+        check(format!("\u{feff}billing {TOKEN}").as_bytes(), Ok(1));
         check(b"", Err("the file has no token"));
         check(b"# secret only", Err("the file has no token"));
         check(
