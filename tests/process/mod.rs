@@ -8,6 +8,7 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -58,10 +59,26 @@ pub(crate) fn pause(time: Duration) {
     std::thread::sleep(time);
 }
 
-/// Returns a port that was free a moment ago, for a process.
+/// Returns a port that was free a moment ago, for a process, and that stays free.
+///
+/// A port that the system has chosen may be given to a connection of another test
+/// before the process listens at it. This one is below the ports that Linux
+/// chooses (32768 and up unless set), and no other call returns it.
 pub(crate) fn free_port() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    listener.local_addr().expect("its address")
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    const FIRST: u32 = 20_000;
+    const N: u32 = 12_000;
+    // Another program's tests at the same time begin elsewhere.
+    let begin = std::process::id().wrapping_mul(97);
+    let ports = std::iter::repeat_with(|| {
+        let n = begin.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        u16::try_from(FIRST + n % N).expect("a port")
+    });
+    let mut addresses = ports
+        .take(1000)
+        .map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+    let free = addresses.find(|address| TcpListener::bind(address).is_ok());
+    free.expect("a port")
 }
 
 pub(crate) fn signal(child: &Child, name: &str) {
@@ -107,9 +124,9 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts a worker with `flags` of `serve` and waits until it is ready. The
-    /// ports were free a moment ago; the system cannot choose them, since the
-    /// log, which would name them, is not read.
+    /// Starts a worker with `flags` of `serve` and waits until it is ready, at
+    /// ports of [`free_port`]: the log, which would name ports that the system has
+    /// chosen, is not read.
     pub(crate) fn start(flags: &[&str], log: impl Into<Stdio>) -> Self {
         Self::start_with(flags, &[], log)
     }
@@ -150,7 +167,7 @@ impl Worker {
             metrics,
         };
         until("a worker is ready", || {
-            assert!(worker.ended().is_none(), "a worker ends at its start");
+            assert_eq!(worker.ended(), None, "a worker ends at its start");
             worker.page("/readyz").contains(" 200 ")
         });
         worker
