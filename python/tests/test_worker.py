@@ -329,8 +329,10 @@ def test_a_local_worker_ends_with_a_program_that_is_killed(models: Path) -> None
 )
 def test_a_program_ends_although_a_stream_is_not_read_to_its_end(models: Path, end: str) -> None:
     script = f"""
-        import asyncio, os
+        import asyncio, os, signal
         from imagegpt import AsyncClient, Client, LocalWorker
+        # Ignored where the tests run in the background of a shell.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         worker = LocalWorker({str(models / "emoji")!r})
         picture = {str(models / "pictures/flags/rainbow-flag.png")!r}
         client = Client(worker.endpoint)

@@ -201,6 +201,12 @@ describe("pictures", () => {
   });
 });
 
+/** Returns the picture that is looked at, once its smaller version is there. */
+async function previewed(page) {
+  await page.waitForFunction(() => document.querySelector("#original img")?.naturalWidth > 0);
+  return page.locator("#original img");
+}
+
 describe("large pictures", () => {
   test("a BMP of 30 MB does not stall the page, which shows a smaller picture of it", async (t) => {
     const page = await open(t);
@@ -220,8 +226,7 @@ describe("large pictures", () => {
     });
     await page.setInputFiles("#files", file);
     await shown(page, "large.bmp");
-    const image = page.locator("#original img");
-    await image.evaluate((image) => image.decode());
+    const image = await previewed(page);
     assert.deepEqual(
       await image.evaluate((image) => [image.naturalWidth, image.naturalHeight]),
       [1024, 640],
@@ -252,8 +257,7 @@ describe("large pictures", () => {
     const turned = Buffer.concat([jpeg.subarray(0, 2), exif, jpeg.subarray(2)]);
     await page.setInputFiles("#files", { name: "turned.jpg", mimeType: "image/jpeg", buffer: turned });
     await shown(page, "turned.jpg");
-    const image = page.locator("#original img");
-    await image.evaluate((image) => image.decode());
+    const image = await previewed(page);
     const found = await image.evaluate((image) => {
       const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
       const context = canvas.getContext("2d");
