@@ -39,6 +39,16 @@ def until_no_stream_is_open() -> None:
         time.sleep(0.01)
 
 
+def interrupt_once(monkeypatch: pytest.MonkeyPatch, owner: object, method: str) -> None:
+    """Makes the next call of a method raise KeyboardInterrupt and do nothing."""
+
+    def interrupted(*_: Any) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, method, interrupted)
+
+
 def test_a_stream_that_is_interrupted_at_its_start_ends(
     worker: LocalWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,11 +71,7 @@ def test_an_interrupt_of_a_streams_end_does_not_stop_it(
     stream = worker.embed_stream([PICTURE] * 40)
     next(stream)
 
-    def interrupted(*_: Any) -> None:
-        monkeypatch.undo()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(concurrent.futures.Future, "result", interrupted)
+    interrupt_once(monkeypatch, concurrent.futures.Future, "result")
     with pytest.raises(KeyboardInterrupt):
         stream.close()
     until_no_stream_is_open()
@@ -77,11 +83,7 @@ def test_a_stream_whose_end_was_interrupted_before_it_began_ends_when_it_is_free
     stream = worker.embed_stream([PICTURE] * 40)
     next(stream)
 
-    def interrupted(*_: Any) -> None:
-        monkeypatch.undo()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(GrpcLoop, "finish", interrupted)
+    interrupt_once(monkeypatch, GrpcLoop, "finish")
     with pytest.raises(KeyboardInterrupt):
         stream.close()
     del stream

@@ -62,14 +62,14 @@ class GrpcLoop:
     def current(cls) -> GrpcLoop | None:
         """Returns this process's loop, if there is one."""
         current = cls._current
-        return current if current is not None and current.process == os.getpid() else None
+        return current if current is not None and current.is_own else None
 
     def submit(self, coroutine: Coroutine[Any, Any, _T]) -> concurrent.futures.Future[_T]:
         """Begins a coroutine in the loop."""
         with self._lock:
             return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
-    def soon(self, call: Callable[..., None], *arguments: Any) -> None:
+    def soon(self, call: Callable[..., object], *arguments: Any) -> None:
         """Makes a call in the loop, and does not wait for it."""
         self.loop.call_soon_threadsafe(call, *arguments)
 
@@ -104,11 +104,9 @@ class GrpcLoop:
         ended: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def begin() -> None:
-            self.tasks.add(task := self.loop.create_task(end()))
-            task.add_done_callback(tell)
+            self._begin(end).add_done_callback(tell)
 
         def tell(task: asyncio.Task[None]) -> None:
-            self.tasks.discard(task)
             if ended.done():
                 return
             error = None if task.cancelled() else task.exception()
@@ -130,14 +128,14 @@ class GrpcLoop:
 
     def abandon(self, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Ends something whose owner was freed without ending it; does not wait."""
-        if not self.is_own or sys.is_finalizing():
-            return
+        if self.is_own and not sys.is_finalizing():
+            self.soon(self._begin, end)
 
-        def begin() -> None:
-            self.tasks.add(task := self.loop.create_task(end()))
-            task.add_done_callback(self.tasks.discard)
-
-        self.soon(begin)
+    def _begin(self, end: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        """Begins a coroutine, in the loop's own thread, and keeps it until it ends."""
+        self.tasks.add(task := self.loop.create_task(end()))
+        task.add_done_callback(self.tasks.discard)
+        return task
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         """Runs a coroutine in the loop, and waits for it."""
